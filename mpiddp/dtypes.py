@@ -1,0 +1,67 @@
+"""What may be reduced, in which precision, and how an average of integers is rounded."""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["BOOLEAN", "INTEGERS", "REDUCIBLE", "SIXTEEN_BIT", "code_of", "dtype_of", "name_of", "scale_"]
+
+SIXTEEN_BIT = frozenset({torch.float16, torch.bfloat16})
+INTEGERS = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
+FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+COMPLEX = frozenset({torch.complex64, torch.complex128})
+REDUCIBLE = INTEGERS | FLOATS | COMPLEX
+BOOLEAN = torch.bool
+
+#: One small number for each dtype, the same in every process: it travels in messages.
+_CODES: tuple[torch.dtype, ...] = (
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+    torch.bool,
+    torch.complex64,
+    torch.complex128,
+)
+_CODE_OF = {dtype: code for code, dtype in enumerate(_CODES)}
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """``torch.float32`` as ``float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def code_of(dtype: torch.dtype) -> int:
+    """The number under which ``dtype`` travels; TypeError for one that no collective takes."""
+    try:
+        return _CODE_OF[dtype]
+    except KeyError:
+        known = ", ".join(name_of(d) for d in _CODES)
+        raise TypeError(f"a tensor of dtype {name_of(dtype)} cannot be exchanged; the dtypes are {known}") from None
+
+
+def dtype_of(code: int) -> torch.dtype:
+    """The inverse of :func:`code_of`."""
+    return _CODES[code]
+
+
+def scale_(flat: torch.Tensor, factor: float) -> torch.Tensor:
+    """Multiply ``flat`` by ``factor`` in place; a factor of one costs nothing.
+
+    16-bit floats are multiplied in float32 (torch does so: it computes in its "opmath" type and rounds once).
+    Integers are multiplied in float64 and truncated towards zero; a factor of one over a whole number divides by it,
+    so that an average of equal integers is that integer.
+    """
+    if factor == 1.0:
+        return flat
+    if flat.dtype in INTEGERS:
+        divisor = round(1 / factor) if factor else 0
+        if divisor and factor == 1 / divisor:
+            return torch.div(flat, divisor, rounding_mode="trunc", out=flat)
+        return flat.copy_(flat.to(torch.float64).mul_(factor).trunc_())
+    return flat.mul_(factor)
