@@ -1,0 +1,62 @@
+"""What the collectives ask of a transport.
+
+An algorithm sees a :class:`Link`: its rank, the number of members, and regions of memory from which elements are sent
+and into which they are received. Whether MPI, shared memory or a simulated network lies below is not its business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from typing import Protocol
+
+import torch
+
+__all__ = ["Link", "Pending", "Region", "Steps", "drain", "nothing_to_move"]
+
+#: Tests a transfer: True once its buffer may be used again (sent) or read (received). Not to be called after it said
+#: True.
+Pending = Callable[[], bool]
+
+#: An exchange under way: a generator that yields whenever it waits for a peer.
+Steps = Generator[None, None, None]
+
+
+def nothing_to_move() -> bool:
+    """The transfer of nothing: always complete."""
+    return True
+
+
+class Region(Protocol):
+    """A flat tensor, opened for transfers. Bounds are in elements; the region keeps the tensor alive."""
+
+    def send(self, lo: int, hi: int, peer: int, tag: int) -> Pending:
+        """Start to send ``tensor[lo:hi]`` to ``peer``."""
+        ...
+
+    def recv(self, lo: int, hi: int, peer: int, tag: int) -> Pending:
+        """Start to receive ``tensor[lo:hi]`` from ``peer``. Transfers of one pair and tag arrive in the order sent."""
+        ...
+
+
+class Link(Protocol):
+    """The members of a process set as one of them sees them."""
+
+    @property
+    def rank(self) -> int:
+        """This member's rank within the set."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """The number of members."""
+        ...
+
+    def open(self, flat: torch.Tensor) -> Region:
+        """``flat``, a contiguous 1-D tensor, ready for transfers."""
+        ...
+
+
+def drain(steps: Steps) -> None:
+    """Run an exchange to its end: the blocking form of any collective."""
+    for _ in steps:
+        pass
