@@ -1,0 +1,252 @@
+"""``init`` and ``shutdown``, and who this process is. The only global state of the library.
+
+State: ``_runtime``, set by ``init()`` and cleared by ``shutdown()``, both in the thread that calls them; ``_child``,
+the topology that a child process has from its parent. Everything acts only in the process that called ``init()``.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from . import agreement, binding, config, failure, launch, log, worker
+from .collectives import tree
+from .config import Config
+from .engine import Channel, Engine
+from .engine.progress import Lane
+from .errors import LaunchError, NotInitializedError, WorkerProcessError
+from .log import logger
+from .transport.control import MpiPort
+from .transport.host import HostLink
+from .worker import Topology
+from .world import World
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+__all__ = [
+    "Runtime",
+    "cross_rank",
+    "cross_size",
+    "current",
+    "init",
+    "is_homogeneous",
+    "is_initialized",
+    "local_rank",
+    "local_size",
+    "rank",
+    "shutdown",
+    "size",
+]
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What ``init()`` made."""
+
+    pid: int
+    config: Config
+    world: World
+    topology: Topology
+    engine: Engine
+    channel: Channel
+    farewell: Lane
+
+    def __repr__(self) -> str:
+        return f"Runtime({self.world!r}, {self.engine!r})"
+
+
+_runtime: Runtime | None = None
+_child: Topology | None = None
+
+
+def init(comm: MPI.Intracomm | Sequence[int] | None = None) -> None:
+    """Start the library: start MPI if need be, find out who is where, agree on the settings. Collective.
+
+    ``comm``: the ranks that take part: an mpi4py communicator (duplicated, never used itself), a list of world ranks,
+    or None for all. A second call does nothing; after ``shutdown()`` it starts anew. In a child process of a rank (a
+    DataLoader worker, say) it starts no MPI: ``rank()`` and ``size()`` answer as in the parent there.
+
+    Raises :class:`LaunchError` when the launcher started several ranks and MPI knows of one, or when MPI is not usable;
+    :class:`ConfigError` for an unknown or malformed setting.
+    """
+    global _runtime, _child
+    if _runtime is not None:
+        return  # in a forked child too: it answers for its parent and may not communicate
+    inherited = worker.inherited(config.environ())
+    if inherited is not None:
+        _child = inherited
+        return
+    settings = Config.from_environ(config.environ())
+    log.configure(settings.log_level)
+    started = launch.detect(config.environ())
+    prepared = launch.before_mpi(settings)
+    mpi = _start_mpi()
+    library = mpi.Get_library_version().split("\n")[0].split(",")[0].strip("\0 ")
+    launch.check_size(started, mpi.COMM_WORLD.Get_size(), config.environ(), library)
+    world = World.over(comm)
+    log.bind(world.rank, world.host)
+    settings = agreement.agree(world.comm, settings, library)
+    topology = _topology(world)
+    worker.publish(topology)
+    launch.after_mpi(config.environ())
+    _say(world, prepared.lost, started.kind)
+    engine = Engine(world.thread_level, settings.progress_interval_ms / 1000, failure.act_on_pending)
+    channel = Channel(
+        HostLink(world.comm), MpiPort(world.comm), int(settings.fusion_mb * config.MIB), settings.segment_kb << 10
+    )
+    engine.channels.append(channel)
+    _runtime = Runtime(os.getpid(), settings, world, topology, engine, channel, engine.lane(channel))
+    failure.install(world.rank, world.size, mpi.COMM_WORLD.Abort, engine.is_pushing)
+    atexit.register(_at_exit)
+    logger.debug("%r", _runtime)
+
+
+def _start_mpi() -> Any:
+    from mpi4py import MPI
+
+    if MPI.Is_finalized():
+        raise LaunchError(
+            "MPI has been finalized and cannot be started again in one process; call mpiddp.init() before that"
+        )
+    if not MPI.Is_initialized():
+        raise LaunchError(
+            "MPI is not started: mpi4py.rc.initialize is False, so call MPI.Init_thread() before mpiddp.init(), "
+            "or leave it True"
+        )
+    return MPI
+
+
+def _topology(world: World) -> Topology:
+    return Topology(
+        world.rank,
+        world.size,
+        world.local_rank,
+        world.local_size,
+        world.cross_rank,
+        world.cross_size,
+        world.is_homogeneous,
+    )
+
+
+def _say(world: World, lost: str | None, kind: str) -> None:
+    """What users should know, once a job or once a node."""
+    if lost and world.rank == 0:
+        logger.warning("%s", lost)
+    foreign = launch.foreign_launcher_here()
+    if foreign and world.local_rank == 0:
+        logger.warning("%s", foreign)
+    facts = world.node_comm.gather(binding.facts(), 0)
+    for warning in binding.warnings_for_node(facts, kind) if facts else []:
+        logger.warning("%s", warning)
+
+
+def shutdown() -> None:
+    """Finish what is in flight, say goodbye to the other ranks, and give everything back; MPI itself stays up.
+
+    Waits for the others for at most ``MPIDDP_EXIT_TIMEOUT_S``. Does nothing before ``init()`` and in a child process.
+    """
+    _stop(free=True)
+
+
+def _at_exit() -> None:
+    _stop(free=False)
+
+
+def _stop(free: bool) -> None:
+    global _runtime
+    runtime = _runtime
+    if runtime is None or worker.in_child(runtime.pid):
+        return
+    from mpi4py import MPI
+
+    failure.uninstall()
+    worker.withdraw()
+    atexit.unregister(_at_exit)
+    together = False
+    if not MPI.Is_finalized() and runtime.engine.may_push():
+        together = _farewell(runtime)
+    runtime.engine.stop(NotInitializedError("mpiddp was shut down; call mpiddp.init() again"))
+    _runtime = None
+    if together and free:
+        runtime.world.free()
+    log.bind(None, runtime.world.host)
+
+
+def _farewell(runtime: Runtime) -> bool:
+    """Drain, then meet the others; False if some did not come within the bound."""
+    engine, bound_s = runtime.engine, runtime.config.exit_timeout_s
+    engine.wait_until(lambda: not engine.pending(), "the end", bound_s)
+    goodbye = runtime.farewell.launch("farewell", tree.barrier)
+    engine.wait_until(lambda: goodbye.done, "farewell", bound_s)
+    return goodbye.done and goodbye.error is None
+
+
+def is_initialized() -> bool:
+    """Whether ``init()`` has been called and ``shutdown()`` has not."""
+    return _runtime is not None
+
+
+def current() -> Runtime:
+    """The runtime, for whoever communicates; raises where that is not possible."""
+    if _runtime is None:
+        if _child is not None or worker.inherited(config.environ()) is not None:
+            raise _in_child()
+        raise NotInitializedError("mpiddp is not initialized: call mpiddp.init() first")
+    if worker.in_child(_runtime.pid):
+        raise _in_child()
+    return _runtime
+
+
+def _in_child() -> WorkerProcessError:
+    return WorkerProcessError(
+        f"a collective was called in process {os.getpid()}, a child of rank {_who().rank} such as a DataLoader "
+        "worker: MPI belongs to the rank's own process alone. Return the data to it and communicate there"
+    )
+
+
+def _who() -> Topology:
+    if _runtime is not None:
+        return _runtime.topology
+    topology = _child or worker.inherited(config.environ())
+    if topology is None:
+        raise NotInitializedError("mpiddp is not initialized: call mpiddp.init() first")
+    return topology
+
+
+def rank() -> int:
+    """This process's rank, 0 to ``size() - 1``. Raises NotInitializedError (a ValueError) before ``init()``."""
+    return _who().rank
+
+
+def size() -> int:
+    """The number of ranks."""
+    return _who().size
+
+
+def local_rank() -> int:
+    """The rank among the ranks of this node."""
+    return _who().local_rank
+
+
+def local_size() -> int:
+    """The number of ranks on this node."""
+    return _who().local_size
+
+
+def cross_rank() -> int:
+    """The rank among the ranks of all nodes that have this one's local rank."""
+    return _who().cross_rank
+
+
+def cross_size() -> int:
+    """The number of nodes that have a rank of this one's local rank."""
+    return _who().cross_size
+
+
+def is_homogeneous() -> bool:
+    """Whether every node has the same number of ranks."""
+    return _who().is_homogeneous

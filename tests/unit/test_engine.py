@@ -1,0 +1,217 @@
+"""Several engines in one thread, over a simulated network: negotiation, fusion, errors, and how little is sent."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+
+import pytest
+import torch
+
+from mpiddp.collectives.base import ReduceOp
+from mpiddp.dtypes import name_of
+from mpiddp.engine import Channel, Engine, Handle, Kind, Request
+from mpiddp.engine.bucket import fuse
+from mpiddp.engine.negotiate import TABLE_ENTRIES, Coordinator, Member
+from mpiddp.engine.request import Signature
+from mpiddp.errors import MismatchError, MpiddpError
+from tests.simulation import Deadlock, Network, SimulatedLink
+
+
+class SimulatedPort:
+    """Control messages of one pair arrive in order, delayed at random."""
+
+    def __init__(self, network: Network, rank: int, ports: list[SimulatedPort]) -> None:
+        self.network, self.rank, self.ports = network, rank, ports
+        self.arriving: dict[int, deque[bytes]] = {peer: deque() for peer in range(network.size)}
+        self.sent = 0
+        self.leaving = False
+
+    def send(self, peer: int, message: bytes) -> None:
+        self.sent += 1
+        self.ports[peer].arriving[self.rank].append(message)
+
+    def poll(self) -> tuple[int, bytes] | None:
+        peers = [peer for peer, queue in self.arriving.items() if queue]
+        if not peers or self.network.random.random() < 0.3:
+            return None
+        peer = self.network.random.choice(peers)
+        return peer, self.arriving[peer].popleft()
+
+    def flush(self) -> None:
+        pass
+
+
+class World:
+    """``size`` engines; :meth:`run` pushes them in random order until the handles are done."""
+
+    def __init__(self, size: int, seed: int = 0, fusion_nbytes: int = 1 << 20) -> None:
+        self.network = Network(size, seed)
+        self.ports: list[SimulatedPort] = []
+        self.ports += [SimulatedPort(self.network, rank, self.ports) for rank in range(size)]
+        self.channels = [
+            Channel(SimulatedLink(self.network, rank), self.ports[rank], fusion_nbytes, 64) for rank in range(size)
+        ]
+        # Thread level "single": no liveness thread, all is deterministic.
+        self.engines = [Engine("single", 1.0, lambda: None) for _ in range(size)]
+        for engine, channel in zip(self.engines, self.channels, strict=True):
+            engine.channels.append(channel)
+
+    def allreduce(self, rank: int, key: str | int, values: list[float], op: ReduceOp = ReduceOp.SUM) -> Handle:
+        flat = torch.tensor(values)
+        signature = Signature(int(Kind.ALLREDUCE), name_of(flat.dtype), tuple(flat.shape), int(op), 0, 1.0, "cpu")
+        return self.engines[rank].submit(self.channels[rank], Request(key, signature, flat, lambda result: result))
+
+    def run(self, handles: list[Handle]) -> None:
+        idle = 0
+        while not all(handle.done for handle in handles):
+            moved = self.network.deliver()
+            moved |= self.network.random.choice(self.engines).push()
+            idle = 0 if moved else idle + 1
+            if idle > 500 * self.network.size:
+                raise Deadlock([handle for handle in handles if not handle.done])
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 7])
+def test_orders_may_differ_between_ranks(size: int) -> None:
+    for seed in range(20):
+        world = World(size, seed, fusion_nbytes=random.Random(seed).choice([0, 16, 1 << 20]))
+        names = [f"tensor {i}" for i in range(12)]
+        handles: dict[tuple[int, str], Handle] = {}
+        for rank in range(size):
+            for name in random.Random(100 * seed + rank).sample(names, len(names)):
+                handles[rank, name] = world.allreduce(rank, name, [float(names.index(name)), rank])
+                if world.network.random.random() < 0.5:
+                    world.engines[rank].push()
+        world.run(list(handles.values()))
+        for (_, name), handle in handles.items():
+            assert handle.result.tolist() == [size * names.index(name), size * (size - 1) / 2]
+        assert world.network.idle() and not any(engine.pending() for engine in world.engines)
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_what_differs_is_an_error_on_every_rank_and_nothing_else_suffers(size: int) -> None:
+    world = World(size)
+    bad = [world.allreduce(rank, "bad", [1.0] * (3 if rank == size - 1 else 2)) for rank in range(size)]
+    good = [world.allreduce(rank, "good", [1.0]) for rank in range(size)]
+    world.run(bad + good)
+    for handle in bad:
+        assert isinstance(handle.error, MismatchError)
+        assert "'bad'" in str(handle.error) and "(2,) on rank" in str(handle.error)
+        assert f"(3,) on rank {size - 1}" in str(handle.error)
+    assert all(handle.result.tolist() == [size] for handle in good)
+
+
+def test_an_error_inside_a_fused_group_is_reported_alone() -> None:
+    world = World(2)
+    handles = {
+        (rank, name): world.allreduce(rank, name, [1.0], ReduceOp.MAX if (rank, name) == (1, "b") else ReduceOp.SUM)
+        for rank in range(2)
+        for name in "abc"
+    }
+    world.run(list(handles.values()))
+    assert [isinstance(handles[r, "b"].error, MismatchError) for r in range(2)] == [True, True]
+    assert "sum on rank 0; max on rank 1" in str(handles[0, "b"].error)
+    assert [handles[r, n].result.item() for r in range(2) for n in "ac"] == [2, 2, 2, 2]
+
+
+def test_messages_per_request_are_bounded() -> None:
+    """A member sends one message at most for each push with something new; the coordinator one to each member."""
+    for size in (2, 4):
+        world = World(size)
+        for number in range(30):
+            world.run([world.allreduce(rank, number, [1.0]) for rank in range(size)])
+        assert [port.sent for port in world.ports] == [30 * (size - 1)] + [30] * (size - 1)
+
+
+def test_nothing_is_sent_while_nothing_changes() -> None:
+    world = World(3)
+    handles = [world.allreduce(rank, "x", [1.0]) for rank in (0, 1)]
+    for _ in range(1000):
+        for engine in world.engines:
+            engine.push()
+    assert not any(handle.done for handle in handles)
+    assert sum(port.sent for port in world.ports) == 1
+    assert world.network.sent_messages == [0, 0, 0]
+
+
+def test_the_table_is_bounded() -> None:
+    member, coordinator = Member(), Coordinator(1, 0)
+    signature = Signature(0, "float32", (1,), 0, 0, 1.0, "cpu")
+    for number in range(2 * TABLE_ENTRIES + 5):
+        member.submit(Request(f"name {number}", signature, torch.zeros(1), lambda flat: flat))
+        message = member.message()
+        assert message is not None
+        coordinator.receive(0, message)
+        for _, run_list in coordinator.messages():
+            (run,) = member.runs(run_list)
+            assert run.requests[0].key == f"name {number}"
+    assert len(coordinator._tables[0]) <= TABLE_ENTRIES and not coordinator.announced and not member.waiting
+
+
+def test_fusion_keeps_the_order_and_the_limit() -> None:
+    one = Signature(int(Kind.ALLREDUCE), "float32", (1,), 0, 0, 1.0, "cpu")
+    other = one._replace(dtype="int32")
+    gather = one._replace(kind=int(Kind.ALLGATHER))
+    assert fuse([one, one, other, one, one, one], [4] * 6, 8) == [[0, 1], [2], [3, 4], [5]]
+    assert fuse([gather, gather], [4, 4], 8) == [[0], [1]]
+    assert fuse([one, one], [4, 4], 0) == [[0], [1]]
+    assert fuse([], [], 8) == []
+
+
+def test_waiting_from_inside_a_push_raises() -> None:
+    world = World(1)
+    errors: list[BaseException] = []
+
+    def deliver(flat: torch.Tensor) -> None:
+        try:
+            world.engines[0].wait(Handle("another"))
+        except MpiddpError as error:
+            errors.append(error)
+
+    signature = Signature(int(Kind.ALLREDUCE), "float32", (1,), 0, 0, 1.0, "cpu")
+    handle = world.engines[0].submit(world.channels[0], Request("x", signature, torch.ones(1), deliver))
+    world.run([handle])
+    assert "inside a push" in str(errors[0])
+
+
+def test_what_an_exchange_raises_belongs_to_who_waits_for_it() -> None:
+    world = World(1)
+
+    def deliver(flat: torch.Tensor) -> None:
+        raise ZeroDivisionError("on purpose")
+
+    signature = Signature(int(Kind.ALLREDUCE), "float32", (1,), 0, 0, 1.0, "cpu")
+    handle = world.engines[0].submit(world.channels[0], Request("x", signature, torch.ones(1), deliver))
+    world.run([handle])
+    with pytest.raises(ZeroDivisionError):
+        world.engines[0].wait(handle)
+
+
+def test_a_stopped_engine_says_so() -> None:
+    world = World(2)
+    handle = world.allreduce(0, "x", [1.0])
+    world.engines[0].stop(MpiddpError("over"))
+    with pytest.raises(MpiddpError, match="over"):
+        world.engines[0].wait(handle)
+    with pytest.raises(MpiddpError, match="over"):
+        world.allreduce(0, "y", [1.0])
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        torch.inference_mode,
+        lambda: torch.autocast("cpu"),
+        lambda: torch.device("meta"),
+    ],
+    ids=["inference_mode", "autocast", "default device"],
+)
+def test_a_push_is_not_touched_by_the_modes_of_who_pushes(mode) -> None:  # type: ignore[no-untyped-def]
+    world = World(2)
+    handles = [world.allreduce(rank, name, [1.0, 2.0]) for rank in range(2) for name in "ab"]
+    with mode():
+        world.run(handles)
+    for handle in handles:
+        assert handle.result.device.type == "cpu" and not handle.result.is_inference()
+        assert handle.result.tolist() == [2.0, 4.0]
