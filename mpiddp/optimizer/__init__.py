@@ -1,0 +1,5 @@
+"""The distributed optimizer."""
+
+from .distributed import DistributedOptimizer
+
+__all__ = ["DistributedOptimizer"]

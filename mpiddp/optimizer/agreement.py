@@ -1,0 +1,84 @@
+"""Do the ranks optimize the same parameters? Which of them are trained? Asked once, before the first gradient is
+exchanged."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from collections.abc import Sequence
+
+import torch
+
+from ..collectives import ReduceOp, doubling, ring
+from ..collectives.base import Bounds
+from ..dtypes import name_of
+from ..engine import Engine
+from ..engine.progress import Lane
+from ..errors import MismatchError
+
+__all__ = ["agree_on_order", "agree_on_trained"]
+
+Description = list[tuple[str, tuple[int, ...], str]]
+
+
+def agree_on_trained(engine: Engine, lane: Lane, names: Sequence[str], params: Sequence[torch.Tensor]) -> list[bool]:
+    """Which parameters some rank trains. Blocking and collective.
+
+    Raises MismatchError on every rank, naming the first parameter that differs, where ranks differ in names, shapes
+    or dtypes.
+    """
+    mine: Description = [
+        (name, tuple(param.shape), name_of(param.dtype)) for name, param in zip(names, params, strict=True)
+    ]
+    described = pickle.dumps(mine)
+    digest = hashlib.sha256(repr(mine).encode()).digest()[:16]
+    card = torch.frombuffer(bytearray(digest + len(described).to_bytes(8, "little")), dtype=torch.uint8)
+    cards = _gather(engine, lane, card, [card.numel()] * lane.link.size)
+    if any(other[:16] != digest for other in cards):
+        lengths = [int.from_bytes(other[16:], "little") for other in cards]
+        payload = torch.frombuffer(bytearray(described), dtype=torch.uint8)
+        everyone = [pickle.loads(data) for data in _gather(engine, lane, payload, lengths)]
+        raise MismatchError(_difference(everyone))
+    trained = torch.tensor([param.requires_grad for param in params], dtype=torch.uint8)
+    engine.wait(lane.launch("layout", lambda link, tag: doubling.allreduce(link, trained, ReduceOp.MAX, tag)))
+    return [bool(flag) for flag in trained.tolist()]
+
+
+def agree_on_order(engine: Engine, lane: Lane, order: Sequence[int]) -> list[int]:
+    """Rank 0's order. Blocking and collective."""
+    indices = torch.tensor(order if lane.link.rank == 0 else [0] * len(order), dtype=torch.int64)
+    engine.wait(lane.launch("order", lambda link, tag: doubling.allreduce(link, indices, ReduceOp.SUM, tag)))
+    return [int(index) for index in indices.tolist()]
+
+
+def _gather(engine: Engine, lane: Lane, mine: torch.Tensor, lengths: Sequence[int]) -> list[bytes]:
+    bounds: Bounds = [(sum(lengths[:rank]), sum(lengths[: rank + 1])) for rank in range(len(lengths))]
+    flat = torch.empty(sum(lengths), dtype=torch.uint8)
+    lo, hi = bounds[lane.link.rank]
+    flat[lo:hi] = mine
+    engine.wait(lane.launch("parameters", lambda link, tag: ring.allgather(link, flat, bounds, tag)))
+    return [flat[lo:hi].numpy().tobytes() for lo, hi in bounds]
+
+
+def _difference(everyone: Sequence[Description]) -> str:
+    first = everyone[0]
+    hint = "build the same model and optimizer on every rank"
+    for rank, other in enumerate(everyone):
+        for (name, shape, dtype), (other_name, other_shape, other_dtype) in zip(first, other, strict=False):
+            if name != other_name:
+                return (
+                    f"DistributedOptimizer: a parameter is {name!r} on rank 0 and {other_name!r} on rank {rank}: {hint}"
+                )
+            if (shape, dtype) != (other_shape, other_dtype):
+                return (
+                    f"DistributedOptimizer: parameter {name!r} is {dtype} of shape {shape} on rank 0 and "
+                    f"{other_dtype} of shape {other_shape} on rank {rank}: {hint}"
+                )
+        if len(first) != len(other):
+            longer = max(first, other, key=len)
+            extra = longer[min(len(first), len(other))][0]
+            return (
+                f"DistributedOptimizer: {len(first)} parameters on rank 0 and {len(other)} on rank {rank}; only "
+                f"one of them has {extra!r}: {hint}"
+            )
+    raise AssertionError("the descriptions are equal")

@@ -1,0 +1,200 @@
+"""``DistributedOptimizer``: the user's own optimizer, whose gradients are averaged over the ranks when backward
+returns."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from .. import runtime
+from ..op import Average, Op, Sum
+from .reducer import Reducer
+
+__all__ = ["DistributedOptimizer"]
+
+
+class _Distributed:
+    """What a wrapped optimizer can do beyond its own class. Mixed into a subclass of that class."""
+
+    _mpiddp_plain: type[torch.optim.Optimizer]
+    _mpiddp_reducer: Reducer
+    _mpiddp_synchronized = False
+    _mpiddp_skip = False
+
+    def synchronize(self) -> None:
+        """Have every gradient averaged now. Needed only in scripts that say so; backward has done it as a rule."""
+        if not self._mpiddp_reducer.exchanged or self._mpiddp_reducer.in_flight:
+            self._mpiddp_reducer.finish()
+        self._mpiddp_synchronized = True
+
+    @contextmanager
+    def skip_synchronize(self) -> Iterator[None]:
+        """``step()`` inside does not synchronize; to be used after an explicit ``synchronize()``."""
+        self._mpiddp_skip = True
+        try:
+            yield
+        finally:
+            self._mpiddp_skip = False
+
+    def set_backward_passes_per_step(self, passes: int) -> None:
+        """From the next step on, exchange after so many backwards."""
+        self._mpiddp_reducer.passes = _passes(passes)
+
+    def zero_grad(self, *args: Any, **kwargs: Any) -> None:
+        """As the wrapped class's; raises while gradients are being exchanged."""
+        if self._mpiddp_reducer.in_flight:
+            raise RuntimeError(
+                "zero_grad() was called while gradients are being exchanged, since a backward was begun and did "
+                "not end; call optimizer.synchronize() first"
+            )
+        super().zero_grad(*args, **kwargs)  # type: ignore[misc]
+        self._mpiddp_reducer.forget_passes()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As the wrapped class's; the new parameters' gradients are averaged too. To be called on every rank."""
+        super().add_param_group(param_group)  # type: ignore[misc]
+        groups = self.param_groups  # type: ignore[attr-defined]
+        params = groups[-1]["params"]
+        self._mpiddp_reducer.add(params, [f"group{len(groups) - 1}.{i}" for i in range(len(params))])
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies and pickles are plain optimizers of the wrapped class; wrap them anew."""
+        return _plain_copy, (self._mpiddp_plain, self.__getstate__())  # type: ignore[attr-defined]
+
+
+def _plain_copy(plain: type[torch.optim.Optimizer], state: dict[str, Any]) -> torch.optim.Optimizer:
+    optimizer = plain.__new__(plain)
+    optimizer.__setstate__(state)
+    return optimizer
+
+
+def DistributedOptimizer(  # noqa: N802 - the name that scripts know
+    optimizer: torch.optim.Optimizer,
+    named_parameters: Iterable[tuple[str, torch.Tensor]] | None = None,
+    backward_passes_per_step: int = 1,
+    op: Op = Average,
+    average_aggregated_gradients: bool = False,
+) -> Any:
+    """Make ``optimizer`` distributed, and return it: the same object, of a subclass of its class.
+
+    Learning-rate schedulers, GradScaler and checkpoints take it as before. When ``loss.backward()`` returns, every
+    ``grad`` is averaged over the ranks (summed with ``op=Sum``), so that gradients can be clipped or logged at once;
+    ``step()`` then does the same on every rank. Gradients are exchanged while backward goes on.
+
+    ``named_parameters``: ``model.named_parameters()``, for errors that name what is wrong; all parameters or none.
+    ``backward_passes_per_step``: exchange after so many backwards, whose gradients are summed as torch accumulates
+    them, or averaged over the passes with ``average_aggregated_gradients=True``; a ``step()`` before that many
+    exchanges what there is.
+
+    A parameter that got a gradient on some ranks counts as zeros on the others; one that got none anywhere keeps
+    None. A second backward before ``step()`` exchanges what it added; with ``op=Sum`` it raises. Start from equal
+    parameters: :func:`broadcast_parameters`.
+
+    Raises ValueError for duplicate, missing or partial names, for LBFGS, and for one that is wrapped already;
+    MismatchError, at the first exchange, when the ranks' parameters differ in name, shape or dtype.
+    """
+    here = runtime.current()
+    _check(optimizer, op)
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    names = _names(optimizer, params, named_parameters)
+    reducer = Reducer(
+        here.engine,
+        here.channel,
+        params,
+        names,
+        average=op is Average,
+        passes=_passes(backward_passes_per_step),
+        average_passes=average_aggregated_gradients,
+        bucket_nbytes=here.config.bucket_nbytes,
+        first_nbytes=here.config.first_bucket_nbytes,
+        segment_nbytes=here.config.segment_kb << 10,
+    )
+    plain = type(optimizer)
+    distributed = type(
+        plain.__name__, (_Distributed, plain), {"__module__": plain.__module__, "__doc__": plain.__doc__}
+    )
+    optimizer.__class__ = distributed
+    optimizer._mpiddp_plain = plain  # type: ignore[attr-defined]
+    optimizer._mpiddp_reducer = reducer  # type: ignore[attr-defined]
+    optimizer.register_step_pre_hook(_before_step)
+    optimizer.register_step_post_hook(_after_step)
+    return optimizer
+
+
+def _before_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Every gradient must be averaged when the update begins; a closure sees to that itself, by its backward."""
+    closure = args[1] if len(args) > 1 else kwargs.get("closure")
+    if closure is not None or optimizer._mpiddp_skip:
+        return
+    if optimizer._mpiddp_synchronized:
+        warnings.warn(
+            "optimizer.step() was called after optimizer.synchronize(); nothing is reduced twice, but say "
+            "`with optimizer.skip_synchronize(): optimizer.step()`, or leave synchronize() out: gradients are "
+            "averaged when "
+            "backward() returns",
+            stacklevel=4,
+        )
+        return
+    if not optimizer._mpiddp_reducer.exchanged or optimizer._mpiddp_reducer.in_flight:
+        optimizer._mpiddp_reducer.finish()
+
+
+def _after_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    optimizer._mpiddp_reducer.exchanged = False
+    optimizer._mpiddp_synchronized = False
+
+
+def _check(optimizer: torch.optim.Optimizer, op: Op) -> None:
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"DistributedOptimizer takes a torch.optim.Optimizer, not a {type(optimizer).__name__}")
+    if isinstance(optimizer, _Distributed):
+        raise ValueError("this optimizer is distributed already: wrap it once")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError(
+            "LBFGS cannot be distributed: it evaluates the loss several times a step and decides from local "
+            "values how often, so the ranks would drift apart; use a first-order optimizer"
+        )
+    if op not in (Average, Sum):
+        raise ValueError(f"gradients are averaged or summed, so op is Average or Sum, not {op!r}")
+
+
+def _passes(passes: int) -> int:
+    if isinstance(passes, bool) or not isinstance(passes, int) or passes < 1:
+        raise ValueError(f"backward_passes_per_step is a whole number of at least 1, not {passes!r}")
+    return passes
+
+
+def _names(
+    optimizer: torch.optim.Optimizer,
+    params: list[torch.Tensor],
+    named_parameters: Iterable[tuple[str, torch.Tensor]] | None,
+) -> list[str]:
+    """A name for each parameter: the given ones, or its group and place."""
+    if named_parameters is None:
+        return [
+            f"group{number}.{at}"
+            for number, group in enumerate(optimizer.param_groups)
+            for at in range(len(group["params"]))
+        ]
+    pairs = list(named_parameters)
+    if any(not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)) for pair in pairs):
+        raise ValueError(
+            "named_parameters must be pairs of a name and a parameter, as model.named_parameters() gives them"
+        )
+    seen: set[str] = set()
+    duplicates = sorted({name for name, _ in pairs if name in seen or seen.add(name)})  # type: ignore[func-returns-value]
+    if duplicates:
+        raise ValueError(f"named_parameters has names more than once: {', '.join(duplicates)}; names must be unique")
+    name_of = {id(param): name for name, param in pairs}
+    unnamed = [at for at, param in enumerate(params) if id(param) not in name_of]
+    if unnamed:
+        raise ValueError(
+            f"named_parameters names {len(params) - len(unnamed)} of the optimizer's {len(params)} parameters; "
+            f"those at positions {unnamed[:10]} have no name. Pass the named_parameters() of every model that it "
+            "optimizes, or none"
+        )
+    return [name_of[id(param)] for param in params]

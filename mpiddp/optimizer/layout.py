@@ -1,0 +1,88 @@
+"""Where each gradient lies: which bucket, and where in it. Pure, apart from allocating the buckets."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["Bucket", "plan"]
+
+#: Every gradient begins at a multiple of this, so that vector instructions and foreach kernels find it aligned.
+_ALIGN_NBYTES = 64
+
+
+def plan(
+    nbytes: Sequence[int], kinds: Sequence[Hashable], order: Sequence[int], first_nbytes: int, bucket_nbytes: int
+) -> list[list[int]]:
+    """The parameters of each bucket, in the order in which buckets are exchanged.
+
+    ``order`` is that in which gradients become ready. A bucket holds parameters of one kind (dtype and device), up to
+    ``bucket_nbytes`` (the first one less) or a single parameter that is larger. Buckets come in the order in which
+    their last gradient does.
+    """
+    buckets: list[list[int]] = []
+    filling: dict[Hashable, list[int]] = {}
+    filled: dict[Hashable, int] = {}
+    for index in order:
+        kind, size = kinds[index], nbytes[index]
+        limit = bucket_nbytes if buckets else first_nbytes
+        if kind in filling and filled[kind] + size > limit:
+            buckets.append(filling.pop(kind))
+        filling.setdefault(kind, []).append(index)
+        filled[kind] = filled[kind] + size if len(filling[kind]) > 1 else size
+    position = {index: at for at, index in enumerate(order)}
+    return buckets + sorted(filling.values(), key=lambda bucket: position[bucket[-1]])
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """A flat tensor: the gradients, one flag a parameter that says whether it has one, and two control flags (some
+    gradient came too late for the buckets; some parameter has no place in them), used in the last bucket.
+
+    ``views[i]`` has the shape and the strides of parameter ``indices[i]``. Flags are summed with the gradients, so
+    that after the exchange a flag that is not zero means: some rank had a gradient.
+    """
+
+    indices: tuple[int, ...]
+    flat: torch.Tensor
+    views: tuple[torch.Tensor, ...]
+    flags: torch.Tensor
+    control: torch.Tensor
+
+    @classmethod
+    def over(cls, indices: Sequence[int], params: Sequence[torch.Tensor]) -> Bucket:
+        """A bucket for ``params[i]``, i in ``indices``, all of one dtype and device."""
+        like = params[indices[0]]
+        align = max(1, _ALIGN_NBYTES // like.element_size())
+        starts, end = [], 0
+        for index in indices:
+            starts.append(end)
+            end += -(-params[index].numel() // align) * align
+        with torch.no_grad():
+            flat = torch.zeros(end + len(indices) + 2, dtype=like.dtype, device=like.device)
+            views = tuple(_view(flat, at, params[index]) for at, index in zip(starts, indices, strict=True))
+            flags, control = flat[end : end + len(indices)], flat[end + len(indices) :]
+        return cls(tuple(indices), flat, views, flags, control)
+
+    def __repr__(self) -> str:
+        size = self.flat.numel() * self.flat.element_size() / (1 << 20)
+        return f"Bucket({len(self.indices)} parameters, {size:.2f} MiB of {self.flat.dtype} on {self.flat.device})"
+
+
+def _view(flat: torch.Tensor, at: int, param: torch.Tensor) -> torch.Tensor:
+    """A view with the parameter's strides where it is dense (channels_last, say), contiguous where it is not."""
+    if _is_dense(param):
+        return flat.as_strided(param.size(), param.stride(), at)
+    return flat[at : at + param.numel()].view(param.size())
+
+
+def _is_dense(param: torch.Tensor) -> bool:
+    """Whether the elements lie side by side, in whatever order of dims."""
+    expected = 1
+    for stride, length in sorted((st, n) for st, n in zip(param.stride(), param.shape, strict=True) if n > 1):
+        if stride != expected:
+            return False
+        expected *= length
+    return True
