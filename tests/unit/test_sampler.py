@@ -1,0 +1,152 @@
+"""ShardSampler without MPI: shards given by number."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+import mpiddp
+from mpiddp import ShardSampler
+
+LENGTHS = st.integers(0, 60)
+SIZES = st.integers(1, 9)
+EPOCHS = st.integers(0, 3)
+
+
+def shards(length: int, size: int, epoch: int = 0, **options: bool) -> list[list[int]]:
+    samplers = [ShardSampler(length, seed=7, num_replicas=size, rank=rank, **options) for rank in range(size)]
+    for sampler in samplers:
+        sampler.set_epoch(epoch)
+    ids = [list(sampler) for sampler in samplers]
+    assert [len(sampler) for sampler in samplers] == [len(i) for i in ids]
+    return ids
+
+
+@given(LENGTHS, SIZES, EPOCHS, st.booleans())
+def test_without_padding_every_id_occurs_once(length, size, epoch, shuffle):
+    ids = shards(length, size, epoch, pad=False, shuffle=shuffle)
+    assert sorted(i for shard in ids for i in shard) == list(range(length))
+    assert max(map(len, ids)) - min(map(len, ids)) <= 1
+
+
+@given(LENGTHS, SIZES, EPOCHS, st.booleans())
+def test_with_padding_all_are_equally_long_and_cover_the_set(length, size, epoch, shuffle):
+    ids = shards(length, size, epoch, shuffle=shuffle)
+    assert len({len(shard) for shard in ids}) == 1
+    flat = [i for shard in ids for i in shard]
+    assert set(flat) == set(range(length))
+    assert len(flat) - length < size
+
+
+@given(LENGTHS, SIZES, st.booleans(), st.booleans())
+def test_drop_last_repeats_none_and_leaves_out_less_than_one_each(length, size, pad, shuffle):
+    ids = shards(length, size, pad=pad, drop_last=True, shuffle=shuffle)
+    flat = [i for shard in ids for i in shard]
+    assert len({len(shard) for shard in ids}) == 1
+    assert len(set(flat)) == len(flat)
+    assert length - len(flat) < size
+
+
+@given(st.integers(1, 60), SIZES, EPOCHS, st.booleans(), st.booleans())
+def test_the_ids_are_those_of_distributed_sampler(length, size, epoch, shuffle, drop_last):
+    dataset = TensorDataset(torch.zeros(length))
+    for rank, ours in enumerate(shards(length, size, epoch, shuffle=shuffle, drop_last=drop_last)):
+        theirs = DistributedSampler(dataset, size, rank, shuffle=shuffle, seed=7, drop_last=drop_last)
+        theirs.set_epoch(epoch)
+        assert ours == list(theirs)
+
+
+def test_an_epoch_has_an_order_of_its_own_and_gives_it_again():
+    sampler = ShardSampler(100, num_replicas=1, rank=0)
+    orders = []
+    for epoch in (0, 1, 0):
+        sampler.set_epoch(epoch)
+        orders.append(list(sampler))
+    assert orders[0] != orders[1]
+    assert orders[0] == orders[2]
+
+
+def test_another_seed_gives_another_order():
+    assert list(ShardSampler(100, seed=1, num_replicas=1, rank=0)) != list(ShardSampler(100, num_replicas=1, rank=0))
+
+
+def test_the_global_random_state_is_neither_read_nor_moved():
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = list(ShardSampler(100, num_replicas=2, rank=1))
+    assert torch.equal(before, torch.get_rng_state())
+    torch.manual_seed(2)
+    assert list(ShardSampler(100, num_replicas=2, rank=1)) == first
+
+
+def test_a_default_device_of_the_user_is_left_aside():
+    torch.set_default_device("meta")
+    try:
+        ids = list(ShardSampler(10, num_replicas=1, rank=0))
+    finally:
+        torch.set_default_device(None)
+    assert sorted(ids) == list(range(10))
+
+
+def test_in_a_loader_a_data_set_that_grows_is_seen_whole():
+    numbers = list(range(10))
+    sampler = ShardSampler(numbers, shuffle=False, num_replicas=2, rank=1)
+    loader = DataLoader(numbers, batch_size=3, sampler=sampler)
+    assert [batch.tolist() for batch in loader] == [[1, 3, 5], [7, 9]]
+    numbers += [10, 11]
+    assert len(sampler) == 6
+    assert list(sampler)[-1] == 11
+
+
+def test_the_world_is_asked_for_late():
+    sampler = ShardSampler(10)  # before init(): fine
+    assert "a shard a rank" in repr(sampler)
+    if mpiddp.is_initialized():
+        pytest.skip("the world is there already")
+    with pytest.raises(mpiddp.NotInitializedError, match="init"):
+        len(sampler)
+    with pytest.raises(mpiddp.NotInitializedError, match="init"):
+        iter(sampler)
+
+
+def test_who_forgets_set_epoch_is_told_once(monkeypatch):
+    said = []
+    monkeypatch.setattr(logging.getLogger("mpiddp"), "warning", said.append)
+    for options in ({}, {"shuffle": False}):
+        sampler = ShardSampler(10, num_replicas=2, rank=0, **options)
+        for _ in range(3):
+            list(sampler)
+    followed = ShardSampler(10, num_replicas=2, rank=0)
+    for epoch in range(3):
+        followed.set_epoch(epoch)
+        list(followed)
+    assert len(said) == 1
+    assert "call sampler.set_epoch(epoch)" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"dataset": 10, "num_replicas": 2}, ValueError, "both or neither, not 2 and None"),
+        ({"dataset": 10, "rank": 0}, ValueError, "both or neither"),
+        ({"dataset": 10, "num_replicas": 2, "rank": 2}, ValueError, "between 0 and 1, not 2"),
+        ({"dataset": 10, "num_replicas": 2, "rank": -1}, ValueError, "between 0 and 1, not -1"),
+        ({"dataset": 10, "num_replicas": 0, "rank": 0}, ValueError, "at least 1, not 0"),
+        ({"dataset": -1}, ValueError, "negative: -1"),
+        ({"dataset": iter(())}, TypeError, "with a length"),
+    ],
+)
+def test_unusable_arguments(arguments, error, words):
+    with pytest.raises(error, match=words):
+        ShardSampler(**arguments)
+
+
+def test_repr():
+    sampler = ShardSampler(10, seed=3, pad=False, num_replicas=2, rank=1)
+    sampler.set_epoch(4)
+    assert repr(sampler) == "<ShardSampler of 10 samples, shard 1 of 2, every id once, shuffled by seed 3, epoch 4>"
