@@ -1,0 +1,120 @@
+"""The examples, run as a user runs them: as a plain process, and by mpirun."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+DIGITS = EXAMPLES / "digits.py"
+GPT = EXAMPLES / "gpt.py"
+SMALL_GPT = ["--steps=6", "--layers=1", "--width=32", "--context=16", "--batch-size=2", "--log-every=2"]
+SAMPLE = ["--sample", "20"]
+
+needs_sklearn = pytest.mark.skipif(importlib.util.find_spec("sklearn") is None, reason="needs scikit-learn")
+
+
+def accuracy_line(stdout: str) -> str:
+    lines = [line for line in stdout.splitlines() if line.startswith("test accuracy")]
+    assert len(lines) == 1, stdout
+    return lines[0].split(", loss")[0]
+
+
+def accuracy(stdout: str) -> float:
+    return float(accuracy_line(stdout).split()[2].rstrip("%")) / 100
+
+
+@pytest.mark.parametrize("script", ["minimal.py", "digits.py", "gpt.py"])
+def test_help_is_there_without_mpi(mpirun, script):
+    if script != "gpt.py":
+        pytest.importorskip("sklearn")
+    done = mpirun([EXAMPLES / script, "--help"], 0)
+    assert "usage:" in done.stdout
+
+
+def test_minimal_is_a_plain_script_and_at_most_eight_lines():
+    lines = (EXAMPLES / "minimal.py").read_text().split('"""')[2].splitlines()
+    marks = [int(match[1]) for line in lines if (match := re.search(r"# mpiddp (\d)", line))]
+    assert marks == list(range(1, len(marks) + 1))
+    assert len(marks) <= 8
+    unmarked = [line for line in lines if "# mpiddp" not in line]
+    assert not [line for line in unmarked if "mpiddp" in line]
+
+
+@needs_sklearn
+@pytest.mark.parametrize("n", [0, 2])
+def test_minimal(mpirun, n):
+    done = mpirun([EXAMPLES / "minimal.py", "--epochs", "3"], n)
+    losses = [float(loss) for loss in re.findall(r"^epoch \d+: loss ([\d.]+)", done.stdout, re.MULTILINE)]
+    assert len(losses) == 3
+    assert losses[-1] < losses[0]
+
+
+@needs_sklearn
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_digits_reaches_the_accuracy_at_any_size(mpirun, n):
+    done = mpirun([DIGITS], n, timeout_s=120)
+    assert accuracy(done.stdout) >= 0.97, done
+    # Plain lines, one an epoch and from one rank alone, since the output is no terminal.
+    assert len(re.findall(r"^epoch +\d+/15  loss", done.stdout, re.MULTILINE)) == 15
+    assert "\r" not in done.stdout.replace("\r\n", "\n")  # a pseudo-terminal of mpirun's ends lines with both
+    assert re.search(rf"^\d+ samples/s on {n} ranks", done.stdout, re.MULTILINE)
+
+
+@needs_sklearn
+def test_digits_tests_one_checkpoint_alike_at_any_size(mpirun, tmp_path):
+    checkpoint = tmp_path / "digits.pt"
+    trained = accuracy_line(mpirun([DIGITS, "--epochs", "2", "--checkpoint", checkpoint], 2).stdout)
+    for n in (0, 1, 3, 4):
+        done = mpirun([DIGITS, "--checkpoint", checkpoint, "--eval-only"], n)
+        assert accuracy_line(done.stdout) == trained
+        assert "epoch" not in done.stdout
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["digits.pt"]
+
+
+@needs_sklearn
+def test_digits_killed_and_resumed_ends_where_it_would_have(mpirun, tmp_path):
+    straight, broken = tmp_path / "straight.pt", tmp_path / "broken.pt"
+    mpirun([DIGITS, "--epochs", "5", "--checkpoint", straight], 2)
+    job = mpirun.start([DIGITS, "--epochs", "5", "--checkpoint", broken], 2)
+    deadline = time.monotonic() + 60
+    while not broken.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    job.kill()
+    stopped_at = torch.load(broken, weights_only=True)["epoch"]
+    done = mpirun([DIGITS, "--epochs", "5", "--checkpoint", broken, "--resume"], 2)
+    resumed = re.findall(r"^epoch +(\d)/5", done.stdout, re.MULTILINE)
+    assert resumed == [str(epoch) for epoch in range(stopped_at + 1, 6)]
+    one, other = (torch.load(path, weights_only=True) for path in (straight, broken))
+    assert one["epoch"] == other["epoch"] == 5
+    for name, tensor in one["model"].items():
+        assert torch.equal(tensor, other["model"][name]), name
+
+
+@needs_sklearn
+def test_digits_says_what_resume_needs(mpirun):
+    done = mpirun([DIGITS, "--resume"], 0, expect=2)
+    assert "need --checkpoint" in done.stderr
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_gpt(mpirun, amp):
+    done = mpirun([GPT, *SMALL_GPT, *SAMPLE, "--amp", amp], 2)
+    assert len(re.findall(r"^step +[246]/6  loss \d\.\d+  \d+ tokens/s", done.stdout, re.MULTILINE)) == 3
+    assert len(re.findall(r"^validation loss \d", done.stdout, re.MULTILINE)) == 1
+    assert "--- it writes:" in done.stdout
+
+
+def test_gpt_alone_and_resumed_at_another_size(mpirun, tmp_path):
+    checkpoint = tmp_path / "gpt.pt"
+    mpirun([GPT, *SMALL_GPT, "--checkpoint", checkpoint, "--sample", "0"], 0)
+    assert torch.load(checkpoint, weights_only=True)["step"] == 6
+    arguments = [*SMALL_GPT, "--checkpoint", checkpoint, "--sample", "0", "--resume", "--steps", "8"]
+    done = mpirun([GPT, *arguments], 2)
+    assert re.findall(r"^step +(\d)/8", done.stdout, re.MULTILINE) == ["8"]
+    assert torch.load(checkpoint, weights_only=True)["step"] == 8
