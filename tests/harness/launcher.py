@@ -45,7 +45,7 @@ class Launcher:
 def find(directory: str | None = None, path: str | None = None) -> Launcher | None:
     """The launcher under ``directory`` (or its ``bin``), else beside this Python, else the first on ``path``."""
     if directory is not None:
-        places = [Path(directory) / "bin", Path(directory)]
+        places = [Path(directory).absolute() / "bin", Path(directory).absolute()]
     else:
         searched = path if path is not None else os.environ.get("PATH", os.defpath)
         places = [Path(sys.prefix) / "bin", *(Path(p) for p in searched.split(os.pathsep) if p)]

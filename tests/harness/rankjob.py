@@ -43,7 +43,9 @@ def job_environ(launcher: Launcher | None, extra_path: Sequence[Path] = ()) -> d
     environ = dict(os.environ)
     paths = [str(p) for p in (ROOT, *extra_path)] + [p for p in (environ.get("PYTHONPATH"),) if p]
     environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
-    environ.pop("PYTEST_CURRENT_TEST", None)
+    # Unbuffered, print() writes its words one by one, and those of several ranks mix.
+    for name in ("PYTEST_CURRENT_TEST", "PYTHONUNBUFFERED"):
+        environ.pop(name, None)
     return launcher.environ(environ) if launcher is not None else {**environ, "OMP_NUM_THREADS": "1"}
 
 

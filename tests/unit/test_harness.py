@@ -186,7 +186,7 @@ def run_tests(request: pytest.FixtureRequest, tmp_path: Path):
         report = tmp_path / "report.xml"
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={report}", *arguments]
         if mpi := request.config.getoption("--mpi"):
-            command.append(f"--mpi={mpi}")
+            command.append(f"--mpi={Path(mpi).absolute()}")
         if not any("test_it.py" in argument for argument in arguments):
             command.append("test_it.py")
         done = subprocess.run(
