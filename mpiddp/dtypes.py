@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["BOOLEAN", "INTEGERS", "REDUCIBLE", "SIXTEEN_BIT", "code_of", "dtype_of", "name_of", "scale_"]
+__all__ = ["BOOLEAN", "INTEGERS", "REDUCIBLE", "SIXTEEN_BIT", "check", "dtype_called", "name_of", "scale_"]
 
 SIXTEEN_BIT = frozenset({torch.float16, torch.bfloat16})
 INTEGERS = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
@@ -13,22 +13,7 @@ COMPLEX = frozenset({torch.complex64, torch.complex128})
 REDUCIBLE = INTEGERS | FLOATS | COMPLEX
 BOOLEAN = torch.bool
 
-#: One small number for each dtype, the same in every process: it travels in messages.
-_CODES: tuple[torch.dtype, ...] = (
-    torch.uint8,
-    torch.int8,
-    torch.int16,
-    torch.int32,
-    torch.int64,
-    torch.float16,
-    torch.bfloat16,
-    torch.float32,
-    torch.float64,
-    torch.bool,
-    torch.complex64,
-    torch.complex128,
-)
-_CODE_OF = {dtype: code for code, dtype in enumerate(_CODES)}
+BY_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in (*REDUCIBLE, BOOLEAN)}
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -36,18 +21,21 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def code_of(dtype: torch.dtype) -> int:
-    """The number under which ``dtype`` travels; TypeError for one that no collective takes."""
-    try:
-        return _CODE_OF[dtype]
-    except KeyError:
-        known = ", ".join(name_of(d) for d in _CODES)
-        raise TypeError(f"a tensor of dtype {name_of(dtype)} cannot be exchanged; the dtypes are {known}") from None
+def check(dtype: torch.dtype) -> str:
+    """The name of ``dtype``; TypeError for one that no collective takes."""
+    name = _NAMES.get(dtype)
+    if name is None:
+        known = ", ".join(sorted(BY_NAME))
+        raise TypeError(f"a tensor of dtype {name_of(dtype)} cannot be exchanged; the dtypes are {known}")
+    return name
 
 
-def dtype_of(code: int) -> torch.dtype:
-    """The inverse of :func:`code_of`."""
-    return _CODES[code]
+def dtype_called(name: str) -> torch.dtype:
+    """The dtype whose name travels in a message."""
+    return BY_NAME[name]
+
+
+_NAMES = {dtype: name for name, dtype in BY_NAME.items()}
 
 
 def scale_(flat: torch.Tensor, factor: float) -> torch.Tensor:

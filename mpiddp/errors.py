@@ -6,6 +6,7 @@
     +-- MpiddpError
         +-- NotInitializedError   (also a ValueError)  a call that needs init()
         +-- ConfigError           (also a ValueError)  an unusable setting
+        +-- ArgumentError         (also a ValueError)  an argument that cannot be used
         +-- LaunchError           the launcher and MPI disagree about the job
         +-- WorkerProcessError    a collective in a child process of a rank
         +-- DuplicateNameError    (also a ValueError)  one name twice in flight
@@ -18,6 +19,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "ArgumentError",
     "CollectiveError",
     "ConfigError",
     "DuplicateNameError",
@@ -41,6 +43,10 @@ class NotInitializedError(MpiddpError, ValueError):
 
 class ConfigError(MpiddpError, ValueError):
     """A setting is unknown, malformed or contradicts another one."""
+
+
+class ArgumentError(MpiddpError, ValueError):
+    """An argument that cannot be used, found on this rank before anything was sent."""
 
 
 class LaunchError(MpiddpError):

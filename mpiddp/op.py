@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import enum
 
+from .collectives import adasum
 from .collectives.base import ReduceOp
 
-__all__ = ["Average", "Max", "Min", "Op", "Product", "Sum", "resolve"]
+__all__ = ["Adasum", "Average", "Max", "Min", "Op", "Product", "Sum", "resolve"]
 
 
 class Op(enum.Enum):
@@ -14,6 +15,7 @@ class Op(enum.Enum):
 
     AVERAGE = "average"
     SUM = "sum"
+    ADASUM = "adasum"
     MIN = "min"
     MAX = "max"
     PRODUCT = "product"
@@ -24,6 +26,7 @@ class Op(enum.Enum):
 
 Average = Op.AVERAGE
 Sum = Op.SUM
+Adasum = Op.ADASUM
 Min = Op.MIN
 Max = Op.MAX
 Product = Op.PRODUCT
@@ -31,14 +34,23 @@ Product = Op.PRODUCT
 _REDUCE = {
     Op.AVERAGE: ReduceOp.SUM,
     Op.SUM: ReduceOp.SUM,
+    Op.ADASUM: ReduceOp.ADASUM,
     Op.MIN: ReduceOp.MIN,
     Op.MAX: ReduceOp.MAX,
     Op.PRODUCT: ReduceOp.PRODUCT,
 }
 
 
-def resolve(op: Op, size: int) -> tuple[ReduceOp, float]:
-    """The reduction that the ranks perform, and the factor that makes it ``op``."""
-    if not isinstance(op, Op):
+def resolve(op: Op | None, average: bool | None, size: int) -> tuple[ReduceOp, int]:
+    """The reduction that ``size`` ranks perform, and what its result is divided by; ``average`` is the old spelling."""
+    if average is not None:
+        if op is not None:
+            raise ValueError("average= and op= were both given; average= is deprecated, use op= alone")
+        op = Average if average else Sum
+    elif op is None:
+        op = Average
+    elif not isinstance(op, Op):
         raise ValueError(f"op={op!r} is not an operation; it is one of {', '.join(repr(o) for o in Op)}")
-    return _REDUCE[op], 1.0 / size if op is Op.AVERAGE else 1.0
+    if op is Adasum:
+        adasum.check_size(size)
+    return _REDUCE[op], size if op is Average else 1

@@ -21,9 +21,10 @@ class ReduceOp(enum.IntEnum):
     MIN = 1
     MAX = 2
     PRODUCT = 3
+    ADASUM = 4
 
     def combine(self, first: torch.Tensor, second: torch.Tensor, out: torch.Tensor) -> None:
-        """``out = first (op) second``, element by element; ``out`` may be either of them."""
+        """``out = first (op) second``, element by element; ``out`` may be either of them. Not for ADASUM."""
         _COMBINE[self](first, second, out=out)
 
 

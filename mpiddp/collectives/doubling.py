@@ -12,7 +12,7 @@ from ..dtypes import scale_
 from ..transport.base import Link, Region, Steps
 from .base import ReduceOp
 
-__all__ = ["allreduce"]
+__all__ = ["allreduce", "transfer"]
 
 
 def allreduce(link: Link, flat: torch.Tensor, op: ReduceOp, tag: int, scale: float = 1.0) -> Steps:
@@ -31,27 +31,27 @@ def _steps(link: Link, flat: torch.Tensor, op: ReduceOp, tag: int, scale: float,
     folded = size - power
     # Of the first 2 * folded ranks the even ones hand their contribution to the odd one above and wait for the result.
     if rank < 2 * folded and rank % 2 == 0:
-        yield from _transfer(data, data, numel, send_to=rank + 1, recv_from=None, tag=tag)
-        yield from _transfer(data, data, numel, send_to=None, recv_from=rank + 1, tag=tag)
+        yield from transfer(data, data, numel, send_to=rank + 1, recv_from=None, tag=tag)
+        yield from transfer(data, data, numel, send_to=None, recv_from=rank + 1, tag=tag)
         return
     if rank < 2 * folded:
-        yield from _transfer(data, scratch, numel, send_to=None, recv_from=rank - 1, tag=tag)
+        yield from transfer(data, scratch, numel, send_to=None, recv_from=rank - 1, tag=tag)
         op.combine(incoming, flat, out=flat)
     virtual = rank // 2 if rank < 2 * folded else rank - folded
     distance = 1
     while distance < power:
         other = virtual ^ distance
         peer = 2 * other + 1 if other < folded else other + folded
-        yield from _transfer(data, scratch, numel, send_to=peer, recv_from=peer, tag=tag)
+        yield from transfer(data, scratch, numel, send_to=peer, recv_from=peer, tag=tag)
         first, second = (flat, incoming) if virtual < other else (incoming, flat)
         op.combine(first, second, out=flat)
         distance *= 2
     scale_(flat, scale)
     if rank < 2 * folded:
-        yield from _transfer(data, data, numel, send_to=rank - 1, recv_from=None, tag=tag)
+        yield from transfer(data, data, numel, send_to=rank - 1, recv_from=None, tag=tag)
 
 
-def _transfer(
+def transfer(
     source: Region, target: Region, numel: int, *, send_to: int | None, recv_from: int | None, tag: int
 ) -> Steps:
     """Receive and send a whole buffer at once, and wait for both."""
@@ -62,4 +62,4 @@ def _transfer(
         transfers.append(source.send(0, numel, send_to, tag))
     for pending in transfers:
         while not pending():
-            yield
+            yield None

@@ -26,7 +26,7 @@ def _steps(link: Link, flat: torch.Tensor, op: ReduceOp, tag: int, scale: float,
     arrivals = [link.open(contributions[peer]).recv(0, numel, peer, tag) for peer in peers]
     for pending in arrivals + [mine.send(0, numel, peer, tag) for peer in peers]:
         while not pending():
-            yield
+            yield None
     flat.copy_(contributions[0])
     for contribution in contributions[1:]:
         op.combine(flat, contribution, out=flat)

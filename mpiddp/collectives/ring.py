@@ -138,7 +138,7 @@ class _Ring:
                 flushed += 1
                 waiting = False
             if waiting:
-                yield
+                yield received + flushed
 
     def _piece(self, number: int, shift: int) -> tuple[int, int]:
         step, segment = divmod(number, self.segments)

@@ -34,11 +34,11 @@ def broadcast(link: Link, flat: torch.Tensor, root: int, tag: int, segment_nbyte
     for index, (lo, hi) in enumerate(pieces):
         if parent is not None:
             while not arrivals[index]():
-                yield
+                yield None
         departures += [data.send(lo, hi, child, tag) for child in children]
     for pending in departures:
         while not pending():
-            yield
+            yield None
 
 
 def barrier(link: Link, tag: int) -> Steps:
@@ -54,5 +54,5 @@ def _barrier(link: Link, tag: int, token: torch.Tensor) -> Steps:
         departure = tokens.send(0, 1, (link.rank + distance) % link.size, tag)
         for pending in (arrival, departure):
             while not pending():
-                yield
+                yield None
         distance *= 2

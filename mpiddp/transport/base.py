@@ -17,8 +17,9 @@ __all__ = ["Link", "Pending", "Region", "Steps", "drain", "nothing_to_move"]
 #: True.
 Pending = Callable[[], bool]
 
-#: An exchange under way: a generator that yields whenever it waits for a peer.
-Steps = Generator[None, None, None]
+#: An exchange under way: a generator that yields whenever it waits for a peer; another value than last time says that
+#: it has moved meanwhile.
+Steps = Generator[int | None, None, None]
 
 
 def nothing_to_move() -> bool:

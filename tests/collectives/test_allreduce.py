@@ -17,6 +17,7 @@ ALGORITHMS = {
     "doubling": doubling.allreduce,
     "naive": naive.allreduce,
 }
+OPS = [op for op in ReduceOp if op is not ReduceOp.ADASUM]
 ORDERED = sorted((d for d in REDUCIBLE if not d.is_complex), key=str)
 
 
@@ -49,7 +50,7 @@ def test_every_length(name: str, size: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", ORDERED, ids=str)
-@pytest.mark.parametrize("op", ReduceOp)
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_op_and_dtype(name: str, op: ReduceOp, dtype: torch.dtype) -> None:
     for size in (2, 3, 5):
@@ -79,7 +80,7 @@ def test_all_ranks_get_the_same_bits(name: str) -> None:
     """Rounding depends on the order of additions; the replicas must not."""
     for size in range(2, 9):
         flats = [torch.randn(50, generator=torch.Generator().manual_seed(r)) * 10.0**r for r in range(size)]
-        for op in ReduceOp:
+        for op in OPS:
             copies = [flat.clone() for flat in flats]
             copies[0][:2], copies[1][:2] = torch.tensor([0.0, float("nan")]), torch.tensor([-0.0, 1.0])
             on_all(size, lambda link, c=copies, o=op: ALGORITHMS[name](link, c[link.rank], o, tag=0, scale=1 / 3))
