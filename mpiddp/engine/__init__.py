@@ -1,6 +1,9 @@
 """The engine: requests become exchanges, and whoever has time pushes them."""
 
-from .progress import Channel, Engine
-from .request import Handle, Kind, Request
+from .channel import Channel
+from .lane import Lane
+from .presence import Presence
+from .progress import Engine
+from .request import Handle, Key, Kind, Request, Signature
 
-__all__ = ["Channel", "Engine", "Handle", "Kind", "Request"]
+__all__ = ["Channel", "Engine", "Handle", "Key", "Kind", "Lane", "Presence", "Request", "Signature"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..collectives.base import ReduceOp
 from .request import Kind, Signature
 
 __all__ = ["fuse"]
@@ -11,7 +12,7 @@ __all__ = ["fuse"]
 _FUSIBLE = frozenset({Kind.ALLREDUCE, Kind.BROADCAST})
 
 
-def fuse(signatures: Sequence[Signature], nbytes: Sequence[int], limit_nbytes: int) -> list[list[int]]:
+def fuse(signatures: Sequence[Signature], limit_nbytes: int) -> list[list[int]]:
     """Indices of the requests, grouped: neighbours of one kind, dtype, op, root, scale and device, up to
     ``limit_nbytes``.
 
@@ -19,15 +20,25 @@ def fuse(signatures: Sequence[Signature], nbytes: Sequence[int], limit_nbytes: i
     """
     groups: list[list[int]] = []
     total = 0
-    for index, (signature, size) in enumerate(zip(signatures, nbytes, strict=True)):
-        if groups and _alike(signatures[groups[-1][0]], signature) and total + size <= limit_nbytes:
+    last: Signature | None = None
+    for index, signature in enumerate(signatures):
+        size = signature.nbytes
+        if last is not None and total + size <= limit_nbytes and _alike(last, signature):
             groups[-1].append(index)
             total += size
         else:
             groups.append([index])
             total = size
+            last = signature
     return groups
 
 
 def _alike(first: Signature, second: Signature) -> bool:
-    return first.kind in _FUSIBLE and first._replace(shape=()) == second._replace(shape=())
+    if first is second or first == second:
+        return first.kind in _FUSIBLE and first.op != ReduceOp.ADASUM
+    return (
+        first.kind == second.kind
+        and first.kind in _FUSIBLE
+        and first.op != ReduceOp.ADASUM
+        and first._replace(shape=(), group=()) == second._replace(shape=(), group=())
+    )

@@ -3,35 +3,58 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
-from ..collectives import ring, select, tree
-from ..collectives.base import ReduceOp
+from ..collectives import adasum, pairwise, ring, select, tree
+from ..collectives.base import Bounds, ReduceOp, chunk_bounds
+from ..dtypes import dtype_called
+from ..trace import span
 from ..transport.base import Link, Steps
-from .negotiate import Run
-from .request import Kind, Request
+from .member import Run
+from .request import Kind, Request, Signature
 
-__all__ = ["exchange", "through_host"]
+__all__ = ["exchange", "phantom", "through_host"]
 
 
-def exchange(link: Link, run: Run, tag: int, segment_nbytes: int) -> Steps:
-    """The exchange of a run; when it ends, the handles of its requests are done."""
+def phantom(signature: Signature) -> Request:
+    """What a rank that has joined contributes to a reduction that it knows nothing of: zeros."""
+    zeros = torch.zeros(signature.shape, dtype=dtype_called(signature.dtype)).view(-1)
+    return Request("joined", signature, zeros)
+
+
+def exchange(link: Link, ranks: Sequence[int], run: Run, tag: int, segment_nbytes: int) -> Steps:
+    """The exchange of a run; when it ends, its requests are done. ``ranks`` are the members' world ranks."""
     kind = Kind(run.requests[0].signature.kind)
     if kind is Kind.ALLGATHER:
         return _gather(link, run, tag, segment_nbytes)
+    if kind is Kind.ALLTOALL:
+        return _alltoall(link, run, tag)
+    if kind is Kind.REDUCESCATTER:
+        return _reduce_scatter(link, run, tag, segment_nbytes)
     if kind is Kind.BARRIER:
         return _deliver(tree.barrier(link, tag), run.requests)
     requests = run.requests
-    flat = requests[0].flat if len(requests) == 1 else torch.cat([request.flat for request in requests])
+    if len(requests) == 1:
+        flat = requests[0].flat
+    else:
+        with span("pack", name=requests[0].name, of=requests):
+            flat = torch.cat([request.flat for request in requests])
     signature = requests[0].signature
     if kind is Kind.BROADCAST:
-        steps = through_host(flat, lambda host: tree.broadcast(link, host, signature.root, tag))
+        root = ranks.index(signature.root)
+        steps = through_host(flat, lambda host: tree.broadcast(link, host, root, tag))
     else:
-        op, scale = ReduceOp(signature.op), signature.scale
-        steps = through_host(flat, lambda host: select.allreduce(link, host, op, tag, scale, segment_nbytes))
+        steps = through_host(flat, lambda host: reduction(link, host, signature, tag, segment_nbytes))
     return _deliver(steps, requests) if len(requests) == 1 else _unpack(steps, requests, flat)
+
+
+def reduction(link: Link, flat: torch.Tensor, signature: Signature, tag: int, segment_nbytes: int) -> Steps:
+    """The all-reduce that ``signature`` asks for."""
+    if signature.op == ReduceOp.ADASUM:
+        return adasum.allreduce(link, flat, tag, signature.scale)
+    return select.allreduce(link, flat, ReduceOp(signature.op), tag, signature.scale, segment_nbytes)
 
 
 def through_host(flat: torch.Tensor, start: Callable[[torch.Tensor], Steps]) -> Steps:
@@ -48,32 +71,74 @@ def _copied_back(steps: Steps, host: torch.Tensor, flat: torch.Tensor) -> Steps:
 
 
 def _deliver(steps: Steps, requests: list[Request]) -> Steps:
-    yield from steps
+    with span("exchange", name=requests[0].name, of=requests):
+        yield from steps
     for request in requests:
-        request.handle.finish(request.deliver(request.flat))
+        request.complete(request.flat)
 
 
 def _unpack(steps: Steps, requests: list[Request], fused: torch.Tensor) -> Steps:
-    yield from steps
-    pieces = torch.split(fused, [request.flat.numel() for request in requests])
-    torch._foreach_copy_([request.flat for request in requests], list(pieces))
+    with span("exchange", name=requests[0].name, of=requests):
+        yield from steps
+    with span("unpack", name=requests[0].name, of=requests):
+        pieces = torch.split(fused, [request.flat.numel() for request in requests])
+        torch._foreach_copy_([request.flat for request in requests], list(pieces))
     for request in requests:
-        request.handle.finish(request.deliver(request.flat))
+        request.complete(request.flat)
+
+
+def _row_bounds(rows: Sequence[int], shape: Sequence[int]) -> Bounds:
+    """The element ranges of consecutive blocks of so many rows each."""
+    row_numel = 1
+    for length in shape:
+        row_numel *= length
+    ends = list(itertools.accumulate(row * row_numel for row in rows))
+    return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
 def _gather(link: Link, run: Run, tag: int, segment_nbytes: int) -> Steps:
-    """All-gather along dim 0; every rank knows every rank's extent from the run list."""
+    """All-gather along dim 0; every rank knows every rank's rows from the run list."""
     (request,) = run.requests
     rows = [extent[0] for extent in run.extents]
-    row_numel = 1
-    for length in request.signature.shape:
-        row_numel *= length
-    ends = list(itertools.accumulate(row * row_numel for row in rows))
-    bounds = list(zip([0, *ends[:-1]], ends, strict=True))
-    gathered = request.flat.new_empty(ends[-1])
+    bounds = _row_bounds(rows, request.signature.shape)
+    gathered = request.flat.new_empty(bounds[-1][1])
     lo, hi = bounds[link.rank]
     gathered[lo:hi] = request.flat
     request.flat = gathered.view(sum(rows), *request.signature.shape)
-    return _deliver(
-        through_host(gathered, lambda host: ring.allgather(link, host, bounds, tag, segment_nbytes)), [request]
+    steps = through_host(gathered, lambda host: ring.allgather(link, host, bounds, tag, segment_nbytes))
+    return _deliver(steps, [request])
+
+
+def _alltoall(link: Link, run: Run, tag: int) -> Steps:
+    """Each rank's extent lists the rows that it sends to each member. Delivers the rows, and how many came from
+    whom."""
+    (request,) = run.requests
+    shape = request.signature.shape
+    incoming_rows = [extent[link.rank] for extent in run.extents]
+    outgoing, incoming = _row_bounds(request.extent, shape), _row_bounds(incoming_rows, shape)
+    source = request.flat.cpu()
+    target = source.new_empty(incoming[-1][1])
+    device = request.flat.device
+    return _delivering(
+        pairwise.alltoall(link, source, outgoing, target, incoming, tag),
+        request,
+        lambda: (target.to(device).view(sum(incoming_rows), *shape), torch.tensor(incoming_rows, dtype=torch.int32)),
     )
+
+
+def _reduce_scatter(link: Link, run: Run, tag: int, segment_nbytes: int) -> Steps:
+    """Along dim 0; the first ranks take one row more where it does not divide."""
+    (request,) = run.requests
+    signature = request.signature
+    bounds = _row_bounds([hi - lo for lo, hi in chunk_bounds(signature.shape[0], link.size)], signature.shape[1:])
+    lo, hi = bounds[link.rank]
+    rows, flat = chunk_bounds(signature.shape[0], link.size)[link.rank], request.flat
+    op, scale = ReduceOp(signature.op), signature.scale
+    steps = through_host(flat, lambda host: ring.reduce_scatter(link, host, bounds, op, tag, scale, segment_nbytes))
+    return _delivering(steps, request, lambda: flat[lo:hi].view(rows[1] - rows[0], *signature.shape[1:]).clone())
+
+
+def _delivering(steps: Steps, request: Request, result: Callable[[], object]) -> Steps:
+    with span("exchange", name=request.name, of=(request,)):
+        yield from steps
+    request.complete(result())

@@ -15,8 +15,16 @@ if TYPE_CHECKING:
 
 __all__ = ["Liveness"]
 
+#: Between two pushes of a series, the shortest time for which another thread surely gets the GIL.
+_PAUSE_S = 2e-5
+
 #: It stays awake, looking at intervals, for this long after it last saw something in flight.
 _LINGER_S = 0.5
+
+
+#: Asleep, it still looks as often whether others want something of a coordinator here: that somebody has left must be
+#: known to all within seconds. A push costs some 10 us.
+_LISTEN_S = 1.0
 
 
 class Liveness:
@@ -52,9 +60,9 @@ class Liveness:
                 last_work_s = now
                 idle_s = now - self._engine.last_push_s
                 if idle_s >= self._interval_s:
-                    # While the exchange moves, stay with it: a peer waits for us.
+                    # While the exchange moves, stay with it: a peer waits for us. But let others have the GIL.
                     while self._engine.push() and not self._stopping:
-                        pass
+                        time.sleep(_PAUSE_S)
                     idle_s = 0.0
                 time.sleep(max(self._interval_s - idle_s, 1e-4))
             elif now - last_work_s < _LINGER_S:
@@ -69,5 +77,6 @@ class Liveness:
         if self._engine.pending():  # submitted between the last look and now
             self._asleep = False
             return
-        self._wakeup.wait()
+        while not self._wakeup.wait(_LISTEN_S):
+            self._engine.listen()
         self._asleep = False

@@ -1,183 +1,37 @@
 """The engine: resumes the exchanges that are in flight. Progress is a function; whoever has time calls it.
 
-State, all of it guarded by ``Engine._lock``, which is only ever tried and never waited for by a thread that may hold
-it: the channels, their negotiation and their running exchanges. ``submit`` and ``launch`` add to inboxes
-(``deque.append`` is atomic), so that they never wait for a push under way.
+State: the channels, guarded by ``_lock``, which is only ever tried and never waited for by a thread that may hold it.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
-from ..errors import MismatchError, MpiddpError
-from ..trace import span
-from ..transport.base import Link, Steps
-from ..transport.control import Port
-from .execute import exchange
+from .. import trace
+from ..errors import MpiddpError
+from .channel import Channel
 from .liveness import Liveness
-from .negotiate import Coordinator, Member
-from .neutral import neutral
+from .neutral import is_neutral, without_modes
+from .presence import COMPUTING, WAITING, Presence
 from .request import Handle, Request
+from .stall import StallCheck
 
-__all__ = ["Channel", "Engine", "Lane"]
-
-#: Tags of negotiated exchanges: 0 up to here. Lanes have the tags above, a block each.
-_NEGOTIATED_TAGS = 8192
-_LANE_TAGS = 64
-_LANES = 256
-
-#: Exchanges of one channel that are resumed in turn; those behind them wait. Bounds the memory for scratch buffers.
-_RUNNING = 16
+__all__ = ["Engine"]
 
 #: The ladder of waiting: so many pushes at once, then giving the core away between pushes, then short sleeps.
 _SPINS = 20
 _YIELD_S = 0.02
 _SLEEP_S = 0.0002
 
+#: Who submits pushes, too, when nobody has for so long; what is submitted in between is announced, and fused, together.
+_SUBMITTING_S = 0.001
 
-class Lane:
-    """Exchanges that all members start in one agreed order without negotiation, such as an optimizer's buckets."""
-
-    def __init__(self, engine: Engine, channel: Channel, number: int) -> None:
-        self._engine, self._channel = engine, channel
-        self._first_tag = _NEGOTIATED_TAGS + number % _LANES * _LANE_TAGS
-        self._count = 0
-
-    @property
-    def link(self) -> Link:
-        """The members."""
-        return self._channel.link
-
-    def launch(self, name: str, start: Callable[[Link, int], Steps], result: Any = None) -> Handle:
-        """Run ``start(link, tag)`` as soon as there is room; the handle's result is ``result``."""
-        handle = Handle(name)
-        tag = self._first_tag + self._count % _LANE_TAGS
-        self._count += 1
-        self._engine.enqueue(self._channel, handle, lambda link: start(link, tag), result)
-        return handle
-
-
-class Channel:
-    """One process set: its members, its negotiation, and its exchanges."""
-
-    def __init__(self, link: Link, port: Port, fusion_nbytes: int, segment_nbytes: int) -> None:
-        self.link = link
-        self.port = port
-        self.submitted: deque[Request] = deque()
-        self.launched: deque[tuple[Handle, Callable[[Link], Steps], Any]] = deque()
-        self.member = Member()
-        self.coordinator = Coordinator(link.size, fusion_nbytes) if link.rank == 0 else None
-        self._segment_nbytes = segment_nbytes
-        self._starting: deque[tuple[list[Handle], Callable[[], Steps]]] = deque()
-        self._running: list[tuple[list[Handle], Steps]] = []
-        self._tag = 0
-
-    @property
-    def pending(self) -> bool:
-        """Whether this rank waits for anything here."""
-        return bool(
-            self._running
-            or self.submitted
-            or self.launched
-            or self.member.waiting
-            or self._starting
-            or self.port.leaving
-        )
-
-    def advance(self) -> bool:
-        """One round: negotiate, start, resume. True if anything moved."""
-        if self.port.leaving:
-            self.port.flush()
-        moved = self._negotiate()
-        while self.launched:
-            handle, start, result = self.launched.popleft()
-            self._running.append(([handle], _finishing(start(self.link), handle, result)))
-            moved = True
-        while self._starting and len(self._running) < _RUNNING:
-            handles, build = self._starting.popleft()
-            self._running.append((handles, build()))
-            moved = True
-        if self._running:
-            self._running = [entry for entry in self._running if not self._resume(*entry)]
-        return moved
-
-    def _negotiate(self) -> bool:
-        while self.submitted:
-            self.member.submit(self.submitted.popleft())
-        coordinator, port = self.coordinator, self.port
-        message = self.member.message()
-        moved = message is not None
-        if message is not None:
-            if coordinator is not None:
-                coordinator.receive(0, message)
-            else:
-                port.send(0, message)
-        if not self.member.waiting:
-            return moved
-        while (arrived := port.poll() if self.link.size > 1 else None) is not None:
-            moved = True
-            if coordinator is not None:
-                coordinator.receive(*arrived)
-            else:
-                self._schedule(arrived[1])
-        if coordinator is not None:
-            for peer, run_list in coordinator.messages():
-                if peer == 0:
-                    self._schedule(run_list)
-                else:
-                    port.send(peer, run_list)
-        return moved
-
-    def _schedule(self, run_list: bytes) -> None:
-        for run in self.member.runs(run_list):
-            handles = [request.handle for request in run.requests]
-            if run.error is not None:
-                for handle in handles:
-                    handle.fail(MismatchError(run.error))
-                continue
-            tag = self._tag
-            self._tag = (tag + 1) % _NEGOTIATED_TAGS
-            self._starting.append(
-                (handles, lambda run=run, tag=tag: exchange(self.link, run, tag, self._segment_nbytes))  # type: ignore[misc]
-            )
-
-    def _resume(self, handles: list[Handle], steps: Steps) -> bool:
-        """Whether the exchange has ended. What it raises belongs to those who wait for it."""
-        try:
-            next(steps)
-        except StopIteration:
-            return True
-        except Exception as error:
-            for handle in handles:
-                handle.fail(error)
-            return True
-        return False
-
-    def fail_all(self, error: MpiddpError) -> None:
-        """Nothing here will be done any more."""
-        handles = [request.handle for request in (*self.submitted, *self.member.waiting.values())]
-        handles += [entry[0] for entry in self.launched]
-        for group, _ in (*self._starting, *self._running):
-            handles += group
-        for handle in handles:
-            if not handle.done:
-                handle.fail(error)
-        self.submitted.clear()
-        self.launched.clear()
-        self.member.waiting.clear()
-        self._starting.clear()
-        self._running.clear()
-
-
-def _finishing(steps: Steps, handle: Handle, result: Any) -> Steps:
-    with span("exchange", name=handle.name):
-        yield from steps
-    handle.finish(result)
+_T = TypeVar("_T")
 
 
 class Engine:
@@ -187,51 +41,69 @@ class Engine:
         self.channels: list[Channel] = []
         self._lock = threading.Lock()
         self._owner: int | None = None
+        self._may_any_thread = thread_level in ("serialized", "multiple")
         self._thread_level = thread_level
         self._main_thread = threading.get_ident()
         self._after_push = after_push
-        self._lanes = 0
         self._stopped: MpiddpError | None = None
         self.last_push_s = time.monotonic()
+        self.presence = Presence.alone()
+        self._stalls: StallCheck | None = None
+        self._look_at_s = math.inf
         self._liveness = Liveness(self, progress_interval_s) if thread_level == "multiple" else None
 
-    def lane(self, channel: Channel) -> Lane:
-        """A new lane; all members make theirs in one order."""
-        self._lanes += 1
-        return Lane(self, channel, self._lanes)
+    def observe(self, presence: Presence, warn_s: float, abort_s: float) -> None:
+        """Before the first channel is added: publish in ``presence``, and report what waits for long."""
+        self.presence = presence
+        self._stalls = StallCheck(self, presence, warn_s, abort_s)
+        self._look_at_s = self._stalls.next_look_s
 
-    def submit(self, channel: Channel, request: Request) -> Handle:
+    def add(self, channel: Channel) -> None:
+        """Push ``channel`` from now on."""
+        channel.wake = self.wake
+        channel.presence = self.presence
+        if self._stalls is not None:
+            self._stalls.watch(channel)
+        self.channels = [*self.channels, channel]
+
+    def remove(self, channel: Channel) -> None:
+        """Push ``channel`` no more."""
+        self.channels = [other for other in self.channels if other is not channel]
+
+    def submit(self, channel: Channel, request: Request) -> Request:
         """Negotiate and run ``request`` when every member has submitted it."""
-        self._check_running()
-        channel.submitted.append(request)
-        self._wake()
-        return request.handle
-
-    def enqueue(self, channel: Channel, handle: Handle, start: Callable[[Link], Steps], result: Any) -> None:
-        """Run an exchange that needs no negotiation."""
-        self._check_running()
-        channel.launched.append((handle, start, result))
-        self._wake()
-
-    def _check_running(self) -> None:
         if self._stopped is not None:
             raise self._stopped
+        now = time.monotonic()
+        request.where = channel.ranks, -1
+        if trace.active():
+            trace.instant("submitted", name=request.name, of=(request,))
+        self.presence.submitted(request.name, now)
+        channel.submitted.append(request)
+        self.wake()
+        # A caller that submits again and again pushes now and then, so that the liveness thread need not.
+        if now - self.last_push_s > _SUBMITTING_S:
+            self.push()
+        return request
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
+        """Something is in flight now."""
+        if self._stopped is not None:
+            raise self._stopped
         if self._liveness is not None:
             self._liveness.wake()
 
     def is_pushing(self) -> bool:
         """Whether the calling thread is inside a push."""
-        return self._owner == threading.get_ident()
+        return self._owner is not None and self._owner == threading.get_ident()
 
     def pending(self) -> bool:
         """Whether anything is in flight."""
-        return any(channel.pending for channel in self.channels)
+        return any(channel.pending or channel.attention for channel in self.channels)
 
     def may_push(self) -> bool:
         """Whether MPI lets the calling thread in."""
-        return self._thread_level in ("serialized", "multiple") or threading.get_ident() == self._main_thread
+        return self._may_any_thread or threading.get_ident() == self._main_thread
 
     def push(self) -> bool:
         """Resume what is in flight, once; True if something moved.
@@ -239,20 +111,65 @@ class Engine:
         Does nothing while another thread pushes, or when called from inside a push (a signal handler, ``__del__``, a
         hook).
         """
-        if not self.may_push() or not self._lock.acquire(blocking=False):
+        if not (self._may_any_thread or threading.get_ident() == self._main_thread):
+            return False
+        if not self._lock.acquire(blocking=False):
             return False
         self._owner = threading.get_ident()
+        self.presence.push_begins()
         try:
-            with neutral():
-                moved = False
-                for channel in self.channels:
-                    moved |= channel.advance()
+            moved = self._advance() if is_neutral() else self._advance_apart()
         finally:
             self._owner = None
-            self.last_push_s = time.monotonic()
+            self.last_push_s = now = time.monotonic()
+            self.presence.push_ends(now)
             self._lock.release()
         self._after_push()
+        if now >= self._look_at_s and self._stalls is not None:
+            self._look_at_s = math.inf  # other threads push meanwhile
+            self._stalls.check(now)
+            self._look_at_s = self._stalls.next_look_s
         return moved
+
+    def listen(self) -> bool:
+        """A push that hears what others want of the coordinators here, although nothing of this rank's is in flight."""
+        for channel in self.channels:
+            channel.listen()
+        return self.push()
+
+    def inspect(self, look: Callable[[], _T]) -> _T | None:
+        """``look()`` while nobody pushes; None where somebody does."""
+        if not self._lock.acquire(blocking=False):
+            return None
+        self._owner = threading.get_ident()
+        try:
+            return look()
+        finally:
+            self._owner = None
+            self._lock.release()
+
+    def alone(self, change: Callable[[], None]) -> None:
+        """``change()`` while nobody pushes; waits for that, and so raises inside a push."""
+        if self.is_pushing():
+            raise MpiddpError("this cannot be done inside a push (a signal handler, __del__ or a hook)")
+
+        def changed() -> bool:
+            change()
+            return True
+
+        while self.inspect(changed) is None:
+            time.sleep(_SLEEP_S)
+
+    def _advance(self) -> bool:
+        moved = False
+        for channel in self.channels:
+            if channel.advance():
+                moved = True
+        return moved
+
+    def _advance_apart(self) -> bool:
+        with without_modes():
+            return self._advance()
 
     def wait(self, handle: Handle) -> Any:
         """Push until ``handle`` is done; return its result or raise its error."""
@@ -269,11 +186,19 @@ class Engine:
         if not self.may_push():
             raise MpiddpError(
                 f"cannot wait for {what} in thread {threading.current_thread().name!r}: MPI was started at thread "
-                f"level {self._thread_level!r}, which lets only the main thread in; wait there, or start MPI at "
-                "level "
+                f"level {self._thread_level!r}, which lets only the main thread in; wait there, or start MPI at level "
                 "'multiple'"
             )
-        spins, began = 0, time.monotonic()
+        begun_s = time.monotonic()
+        self.presence.phase(WAITING, begun_s)
+        try:
+            return self._climb(done, None if timeout_s is None else begun_s + timeout_s)
+        finally:
+            self.presence.phase(COMPUTING, self.last_push_s)
+
+    def _climb(self, done: Callable[[], bool], deadline_s: float | None) -> bool:
+        """The ladder of waiting."""
+        spins, idle_since_s = 0, 0.0
         while not done():
             if self.push():
                 spins = 0
@@ -281,10 +206,12 @@ class Engine:
             spins += 1
             if spins < _SPINS:
                 continue
-            waited = time.monotonic() - began
-            if timeout_s is not None and waited > timeout_s:
+            now = time.monotonic()
+            if deadline_s is not None and now > deadline_s:
                 return False
-            if waited < _YIELD_S:
+            if spins == _SPINS:
+                idle_since_s = now
+            if now - idle_since_s < _YIELD_S:
                 os.sched_yield()
             else:
                 time.sleep(_SLEEP_S)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 
 from ..collectives.base import ReduceOp
+from ..dtypes import dtype_called
 
-__all__ = ["Handle", "Kind", "Request", "Signature"]
+__all__ = ["Handle", "Key", "Kind", "Request", "Signature", "automatic_name", "shown_number"]
+
+#: What tells requests apart: a name; or a number, and in a group without a name, from the second tensor on, the group's
+#: number and the tensor's place.
+Key = str | int | tuple[int, int]
 
 
 class Kind(enum.IntEnum):
@@ -21,18 +26,33 @@ class Kind(enum.IntEnum):
     BROADCAST = 1
     ALLGATHER = 2
     BARRIER = 3
+    ALLTOALL = 4
+    REDUCESCATTER = 5
+    JOIN = 6
 
 
 class Signature(NamedTuple):
-    """What must be the same on every rank. It travels as a plain tuple; the field names appear in the errors."""
+    """What must be the same on every rank. It travels as a plain tuple; the field names appear in the errors.
+
+    ``shape`` leaves dim 0 out where that may differ. ``group``: the name (empty if it has none) and the size of the
+    group whose requests run together or not at all; ``purpose`` tells requests of the library's own apart.
+    """
 
     kind: int
-    dtype: str
-    shape: tuple[int, ...]
-    op: int
-    root: int
-    scale: float
-    device: str
+    dtype: str = "uint8"
+    shape: tuple[int, ...] = ()
+    op: int = 0
+    root: int = 0
+    prescale: float = 1.0
+    scale: float = 1.0
+    device: str = "cpu"
+    group: tuple[str, int] | tuple[()] = ()
+    purpose: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        """The size of a tensor of this shape and dtype, in bytes."""
+        return math.prod(self.shape) * dtype_called(self.dtype).itemsize
 
     def differing(self, other: Signature) -> list[str]:
         """The names of the fields that differ; those that only follow from a differing kind are left out."""
@@ -45,17 +65,22 @@ class Signature(NamedTuple):
         value = getattr(self, name)
         if name == "kind":
             return Kind(value).name.lower()
+        if name == "group":
+            return f"{value[1]} tensors" if value else "none"
         return ReduceOp(value).name.lower() if name == "op" else str(value)
 
 
 class Handle:
-    """A result to come. ``error`` is raised by who waits for it, never by who pushed."""
+    """A result to come. ``error`` is raised by who waits for it, never by who pushed.
 
-    __slots__ = ("answer", "done", "error", "name", "result")
+    ``where`` are the members of the process set, and the number of the lane, or -1.
+    """
 
-    def __init__(self, name: str) -> None:
+    __slots__ = ("done", "error", "name", "result", "where")
+
+    def __init__(self, name: str, where: tuple[tuple[int, ...], int] = ((), -1)) -> None:
         self.name = name
-        self.answer: torch.Tensor | None = None  # what an in-place operation returns: the caller's own tensor
+        self.where = where
         self.done = False
         self.error: BaseException | None = None
         self.result: Any = None
@@ -75,26 +100,58 @@ class Handle:
         return f"Handle({self.name!r}, {state})"
 
 
-@dataclass(slots=True, eq=False)
-class Request:
-    """One submitted collective.
+class Request(Handle):
+    """One submitted collective, and its own handle.
 
     ``key`` is the name, or a number where the caller gave none. ``flat`` is the contiguous 1-D tensor that the
-    exchange works on; ``deliver`` turns it, once it holds the answer, into what the caller gets. ``extent`` is what
-    may differ between ranks and all have to know, such as dim 0 of an all-gather.
+    exchange works on; once it holds the answer, the caller gets ``answer``, or what ``deliver`` makes of it.
+    ``extent`` is what may differ between ranks and all have to know, such as dim 0 of an all-gather. ``eager``: the
+    content may travel with the announcement, since the caller waits and it is small.
     """
 
-    key: str | int
-    signature: Signature
-    flat: torch.Tensor
-    deliver: Callable[[torch.Tensor], Any]
-    extent: tuple[int, ...] = ()
-    handle: Handle = field(init=False)
+    __slots__ = ("answer", "deliver", "eager", "extent", "flat", "key", "signature")
 
-    def __post_init__(self) -> None:
-        self.handle = Handle(self.name)
+    def __init__(
+        self,
+        key: Key,
+        signature: Signature,
+        flat: torch.Tensor,
+        deliver: Callable[[Any], Any] | None = None,
+        answer: Any = None,
+        extent: tuple[int, ...] = (),
+        eager: bool = False,
+    ) -> None:
+        self.key = key
+        self.signature = signature
+        self.flat = flat
+        self.deliver = deliver
+        self.answer = answer
+        self.extent = extent
+        self.eager = eager
+        self.where = (), -1
+        self.name = key if isinstance(key, str) else automatic_name(signature.kind, key)
+        self.done = False
+        self.error = None
+        self.result = None
 
-    @property
-    def name(self) -> str:
-        """The name for errors and traces."""
-        return self.key if isinstance(self.key, str) else f"{Kind(self.signature.kind).name.lower()}.unnamed.{self.key}"
+    def complete(self, value: Any) -> None:
+        """``value`` is what the exchange made of ``flat``. Where it cannot be delivered, this request alone fails."""
+        try:
+            result = self.answer if self.deliver is None else self.deliver(value)
+        except Exception as error:
+            self.fail(error)
+        else:
+            self.finish(result)
+
+
+_KIND_NAMES = [kind.name.lower() for kind in Kind]
+
+
+def automatic_name(kind: int, number: Key) -> str:
+    """What a request without a name is called."""
+    return f"{_KIND_NAMES[kind]}.unnamed.{shown_number(number)}"
+
+
+def shown_number(number: Key) -> str:
+    """The number of a request without a name, in a group with the tensor's place behind it."""
+    return ".".join(map(str, number)) if isinstance(number, tuple) else str(number)

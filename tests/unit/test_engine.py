@@ -3,73 +3,20 @@
 from __future__ import annotations
 
 import random
-from collections import deque
 
 import pytest
 import torch
 
 from mpiddp.collectives.base import ReduceOp
-from mpiddp.dtypes import name_of
-from mpiddp.engine import Channel, Engine, Handle, Kind, Request
+from mpiddp.engine import Handle, Kind, Request
 from mpiddp.engine.bucket import fuse
-from mpiddp.engine.negotiate import TABLE_ENTRIES, Coordinator, Member
+from mpiddp.engine.coordinator import Coordinator
+from mpiddp.engine.member import Member
 from mpiddp.engine.request import Signature
+from mpiddp.engine.wire import TABLE_ENTRIES
 from mpiddp.errors import MismatchError, MpiddpError
-from tests.simulation import Deadlock, Network, SimulatedLink
-
-
-class SimulatedPort:
-    """Control messages of one pair arrive in order, delayed at random."""
-
-    def __init__(self, network: Network, rank: int, ports: list[SimulatedPort]) -> None:
-        self.network, self.rank, self.ports = network, rank, ports
-        self.arriving: dict[int, deque[bytes]] = {peer: deque() for peer in range(network.size)}
-        self.sent = 0
-        self.leaving = False
-
-    def send(self, peer: int, message: bytes) -> None:
-        self.sent += 1
-        self.ports[peer].arriving[self.rank].append(message)
-
-    def poll(self) -> tuple[int, bytes] | None:
-        peers = [peer for peer, queue in self.arriving.items() if queue]
-        if not peers or self.network.random.random() < 0.3:
-            return None
-        peer = self.network.random.choice(peers)
-        return peer, self.arriving[peer].popleft()
-
-    def flush(self) -> None:
-        pass
-
-
-class World:
-    """``size`` engines; :meth:`run` pushes them in random order until the handles are done."""
-
-    def __init__(self, size: int, seed: int = 0, fusion_nbytes: int = 1 << 20) -> None:
-        self.network = Network(size, seed)
-        self.ports: list[SimulatedPort] = []
-        self.ports += [SimulatedPort(self.network, rank, self.ports) for rank in range(size)]
-        self.channels = [
-            Channel(SimulatedLink(self.network, rank), self.ports[rank], fusion_nbytes, 64) for rank in range(size)
-        ]
-        # Thread level "single": no liveness thread, all is deterministic.
-        self.engines = [Engine("single", 1.0, lambda: None) for _ in range(size)]
-        for engine, channel in zip(self.engines, self.channels, strict=True):
-            engine.channels.append(channel)
-
-    def allreduce(self, rank: int, key: str | int, values: list[float], op: ReduceOp = ReduceOp.SUM) -> Handle:
-        flat = torch.tensor(values)
-        signature = Signature(int(Kind.ALLREDUCE), name_of(flat.dtype), tuple(flat.shape), int(op), 0, 1.0, "cpu")
-        return self.engines[rank].submit(self.channels[rank], Request(key, signature, flat, lambda result: result))
-
-    def run(self, handles: list[Handle]) -> None:
-        idle = 0
-        while not all(handle.done for handle in handles):
-            moved = self.network.deliver()
-            moved |= self.network.random.choice(self.engines).push()
-            idle = 0 if moved else idle + 1
-            if idle > 500 * self.network.size:
-                raise Deadlock([handle for handle in handles if not handle.done])
+from tests.simulated_world import World
+from tests.simulation import Deadlock
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 7])
@@ -127,6 +74,8 @@ def test_messages_per_request_are_bounded() -> None:
 def test_nothing_is_sent_while_nothing_changes() -> None:
     world = World(3)
     handles = [world.allreduce(rank, "x", [1.0]) for rank in (0, 1)]
+    with pytest.raises(Deadlock, match=r"\['x'\] not run"):
+        world.run(handles)
     for _ in range(1000):
         for engine in world.engines:
             engine.push()
@@ -136,27 +85,25 @@ def test_nothing_is_sent_while_nothing_changes() -> None:
 
 
 def test_the_table_is_bounded() -> None:
-    member, coordinator = Member(), Coordinator(1, 0)
-    signature = Signature(0, "float32", (1,), 0, 0, 1.0, "cpu")
+    member, coordinator = Member(), Coordinator([0], 0)
+    signature = Signature(0, "float32", (1,))
     for number in range(2 * TABLE_ENTRIES + 5):
-        member.submit(Request(f"name {number}", signature, torch.zeros(1), lambda flat: flat))
-        message = member.message()
-        assert message is not None
-        coordinator.receive(0, message)
+        member.submit(Request(f"name {number}", signature, torch.zeros(1)))
+        coordinator.receive(0, member.message())
         for _, run_list in coordinator.messages():
-            (run,) = member.runs(run_list)
+            (run,), _ = member.read(run_list)
             assert run.requests[0].key == f"name {number}"
     assert len(coordinator._tables[0]) <= TABLE_ENTRIES and not coordinator.announced and not member.waiting
 
 
 def test_fusion_keeps_the_order_and_the_limit() -> None:
-    one = Signature(int(Kind.ALLREDUCE), "float32", (1,), 0, 0, 1.0, "cpu")
+    one = Signature(int(Kind.ALLREDUCE), "float32", (1,))
     other = one._replace(dtype="int32")
     gather = one._replace(kind=int(Kind.ALLGATHER))
-    assert fuse([one, one, other, one, one, one], [4] * 6, 8) == [[0, 1], [2], [3, 4], [5]]
-    assert fuse([gather, gather], [4, 4], 8) == [[0], [1]]
-    assert fuse([one, one], [4, 4], 0) == [[0], [1]]
-    assert fuse([], [], 8) == []
+    assert fuse([one, one, other, one, one, one], 8) == [[0, 1], [2], [3, 4], [5]]
+    assert fuse([gather, gather], 8) == [[0], [1]]
+    assert fuse([one, one], 0) == [[0], [1]]
+    assert fuse([], 8) == []
 
 
 def test_waiting_from_inside_a_push_raises() -> None:
@@ -169,7 +116,7 @@ def test_waiting_from_inside_a_push_raises() -> None:
         except MpiddpError as error:
             errors.append(error)
 
-    signature = Signature(int(Kind.ALLREDUCE), "float32", (1,), 0, 0, 1.0, "cpu")
+    signature = Signature(int(Kind.ALLREDUCE), "float32", (1,))
     handle = world.engines[0].submit(world.channels[0], Request("x", signature, torch.ones(1), deliver))
     world.run([handle])
     assert "inside a push" in str(errors[0])
@@ -181,7 +128,7 @@ def test_what_an_exchange_raises_belongs_to_who_waits_for_it() -> None:
     def deliver(flat: torch.Tensor) -> None:
         raise ZeroDivisionError("on purpose")
 
-    signature = Signature(int(Kind.ALLREDUCE), "float32", (1,), 0, 0, 1.0, "cpu")
+    signature = Signature(int(Kind.ALLREDUCE), "float32", (1,))
     handle = world.engines[0].submit(world.channels[0], Request("x", signature, torch.ones(1), deliver))
     world.run([handle])
     with pytest.raises(ZeroDivisionError):

@@ -1,0 +1,297 @@
+"""One process set: its members, its negotiation, and its exchanges.
+
+State: guarded by the engine's lock, apart from ``submitted`` and ``launched``, to which anybody may append at any time
+(``deque.append`` is atomic).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from .. import trace
+from ..errors import MpiddpError
+from ..transport.base import Link, Steps
+from ..transport.control import Port
+from .coordinator import ERRORS, Coordinator
+from .departures import Departures
+from .eager import receive
+from .execute import exchange, phantom
+from .lane import FIRST_TAG, Lane
+from .launches import Launches
+from .member import Member, Run
+from .presence import Presence
+from .request import Handle, Kind, Request
+from .running import Running, beginning
+from .wire import ALL_LEFT, CYCLE, GONE, JOINED, LEFT, NEWS, pack, unpack
+
+__all__ = ["Channel"]
+
+#: Exchanges of one channel that are resumed in turn; those behind them wait. Bounds the memory for scratch buffers.
+_RUNNING = 16
+
+#: A coordinator with nothing pending of its own looks once in so many pushes whether others want something of it.
+_LISTENING = 64
+
+
+class Channel:
+    """``ranks`` are the members' world ranks. ``wake`` is called when something has been submitted."""
+
+    def __init__(self, link: Link, port: Port, ranks: Sequence[int], fusion_nbytes: int, segment_nbytes: int) -> None:
+        self.link, self.port, self.ranks = link, port, tuple(ranks)
+        self.names: dict[str, Handle] = {}  # in flight on this rank, or finished and not yet forgotten
+        self.unnamed = 0
+        self.submitted: deque[Request] = deque()
+        self.launches = Launches()
+        self.member = Member()
+        self.coordinator = Coordinator(ranks, fusion_nbytes) if link.rank == 0 else None
+        self.lanes: list[Lane] = []
+        self.somebody_joined = False
+        self.departures = Departures(self.ranks)
+        self.completed = 0
+        self.wake: Callable[[], None] = lambda: None
+        self.news: dict[str, Callable[..., None]] = {}  # who hears what the parts above tell each other, by topic
+        self.attention = 0  # how many want to hear what comes, although nothing else is pending
+        self.presence = Presence.alone()
+        self.running: list[Running] = []
+        self._segment_nbytes = segment_nbytes
+        self._starting: deque[tuple[int, list[Handle], Callable[[], Steps]]] = deque()  # with their tags
+        self._abandoned: list[Running] = []  # MPI may still write into their buffers
+        self._tag = 0
+        self._unheard = 0  # pushes since the last look
+
+    @property
+    def pending(self) -> bool:
+        """Whether this rank waits for anything here."""
+        return bool(
+            self.running
+            or self.submitted
+            or self.launches
+            or self.member.waiting
+            or self.member.outbox
+            or self._starting
+            or self.port.leaving
+        )
+
+    @property
+    def steps(self) -> int:
+        """How far this rank has come: its optimizer's steps, or else the operations that it has completed."""
+        return max((lane.cycle for lane in self.lanes), default=0) or self.completed
+
+    def lane(self) -> Lane:
+        """A new lane; all members make theirs in one order."""
+        self.lanes.append(Lane(self, len(self.lanes)))
+        return self.lanes[-1]
+
+    def enqueue(self, handle: Handle, lane: int, number: int, start: Callable[[Link], Steps], result: Any) -> None:
+        """Run an exchange that needs no negotiation."""
+        self.launches.add(handle, lane, number, start, result)
+        self.wake()
+
+    def tell_coordinator(self, *notice: Any) -> None:
+        """Send a notice with the next push."""
+        self.member.notice(*notice)
+        self.wake()
+
+    # -- one round -----------------------------------------------------------------------------------------------------
+
+    def advance(self) -> bool:
+        """Negotiate, start, resume. True if anything moved."""
+        if not (self.pending or self.attention or self._is_listening()):
+            return False
+        if self.port.leaving:
+            self.port.flush()
+        moved = self._negotiate()
+        if self.launches:
+            moved |= self.launches.start(self.link, self.lanes, self.running, self.departures)
+        if self._starting:
+            # Those of lanes do not count: others may launch theirs only after one that is to be started here.
+            tags = [running.number for running in self.running if running.lane < 0]
+            while self._starting and len(tags) < _RUNNING and self._starting[0][0] not in tags:
+                tag, handles, build = self._starting.popleft()
+                tags.append(tag)
+                self.running.append(Running(handles, beginning(build), number=tag))
+                moved = True
+        if self.running:
+            states = [running.resume() for running in self.running]
+            self.running = [running for running, state in zip(self.running, states, strict=True) if not state]
+            moved |= any(state is not False for state in states)
+        return moved
+
+    def _is_listening(self) -> bool:
+        """Others may wait for a word of the coordinator, such as that somebody has left, when it waits for nothing."""
+        self._unheard += 1
+        if self._unheard < _LISTENING or self.coordinator is None or self.link.size == 1:
+            return False
+        self._unheard = 0
+        return True
+
+    def listen(self) -> None:
+        """Look with the next push."""
+        self._unheard = _LISTENING
+
+    def _take_submitted(self) -> bool:
+        """Announce with the next message what has been submitted; whether that was anything."""
+        any_came = bool(self.submitted)
+        while self.submitted:
+            request = self.submitted.popleft()
+            if self.departures.coordinator_gone:
+                request.fail(self.departures.without_coordinator(request))
+            else:
+                self.member.submit(request)
+        return any_came
+
+    def _negotiate(self) -> bool:
+        member, coordinator, port = self.member, self.coordinator, self.port
+        moved = self._take_submitted()
+        if self.departures.coordinator_gone:
+            member.outbox.clear()
+        if member.outbox:
+            if coordinator is not None:
+                coordinator.receive(0, member.message())
+            else:
+                port.send(0, pack(member.message()))
+        if self.link.size > 1:
+            while (arrived := port.poll()) is not None:
+                moved = True
+                if coordinator is not None:
+                    coordinator.receive(arrived[0], unpack(arrived[1]))
+                else:
+                    self._heed(unpack(arrived[1]))
+        if coordinator is not None:
+            for peer, message in coordinator.messages():
+                moved = True
+                if peer == 0:
+                    self._heed(message)
+                else:
+                    port.send(peer, pack(message))
+        return moved
+
+    def _heed(self, message: list[tuple[Any, ...]]) -> None:
+        runs, notices = self.member.read(message)
+        for run in runs:
+            self._schedule(run)
+        for notice in notices:
+            if notice[0] == LEFT:
+                self._note_left(*notice[1:])
+            elif notice[0] == CYCLE:
+                lane = self.lanes[notice[1]]
+                lane.wanted_cycle = max(lane.wanted_cycle, notice[2])
+            elif notice[0] == JOINED:
+                self._note_joined(notice[1])
+            elif notice[0] == ALL_LEFT:
+                self.departures.everybody = True
+            elif notice[0] == GONE:
+                self._note_coordinator_gone()
+            elif notice[0] == NEWS and notice[1] in self.news:
+                self.news[notice[1]](*notice[2:])
+
+    def _answered(self, run: Run) -> bool:
+        """Whether the run list holds the result, or an error, and nothing is to be exchanged."""
+        requests = run.requests
+        if run.error is not None:
+            name, text = run.error
+            for request in requests:
+                request.fail(ERRORS[name](text))
+        elif run.payload is not None:
+            for request in requests:
+                try:
+                    receive(request, run.payload, run.extents)
+                except Exception as error:
+                    request.fail(error)
+        elif requests and requests[0].signature.kind == Kind.JOIN:
+            last, unnamed = run.extents[0]
+            self.unnamed = max(self.unnamed, unnamed)  # those who joined early have not counted the others'
+            requests[0].finish(last)
+        else:
+            return False
+        return True
+
+    def _schedule(self, run: Run) -> None:
+        requests = run.requests
+        self.completed += len(requests)
+        if self._answered(run):
+            if trace.active() and requests:
+                trace.instant("done", name=requests[0].name, of=requests)
+            return
+        if run.phantoms:
+            requests = run.requests = [phantom(signature) for signature in run.phantoms]
+        tag = self._tag
+        self._tag = (tag + 1) % FIRST_TAG
+        if trace.active():
+            trace.instant("ready", name=requests[0].name, of=requests)
+        build = partial(exchange, self.link, self.ranks, run, tag, self._segment_nbytes)
+        self._starting.append((tag, list(requests), build))
+
+    # -- ranks that join or leave --------------------------------------------------------------------------------------
+
+    def _note_joined(self, somebody: bool) -> None:
+        self.somebody_joined = somebody
+        if somebody and not self.member.joining():
+            for lane in self.lanes:  # anew for each that joins: it has not heard earlier calls
+                if lane.is_in_cycle:
+                    lane.call_joined()
+
+    def _note_left(self, rank: int, steps: int, launched: list[int]) -> None:
+        self.departures.left[rank] = (steps, launched)
+        for running in [r for r in self.running if r.lane >= 0]:
+            error = self.departures.lost_after(running.lane, running.number)
+            if error is not None:
+                self.abandon([running], error)
+
+    def abandon(self, exchanges: Sequence[Running], error: MpiddpError) -> None:
+        """Those who wait for these exchanges, if they still go on, get ``error``."""
+        for running in exchanges:
+            if running in self.running:
+                self.running.remove(running)
+                self._abandoned.append(running)
+                for handle in running.handles:
+                    handle.fail(error)
+
+    def _note_coordinator_gone(self) -> None:
+        self.departures.coordinator_gone = True
+        for request in self.member.waiting.values():
+            request.fail(self.departures.without_coordinator(request))
+        self.member.waiting.clear()
+
+    def leave(self, steps: int) -> None:
+        """Tell the others that this rank takes part no more, after so many steps; hear when they have left, too.
+
+        What was submitted before still runs. To be called where nobody pushes.
+        """
+        self._take_submitted()
+        self.attention += 1
+        self.tell_coordinator(LEFT, self.ranks[self.link.rank], steps, [lane.launched for lane in self.lanes])
+
+    def is_over(self) -> bool:
+        """Whether nobody is left to wait for, and what was in flight is done."""
+        return (self.departures.everybody or self.departures.coordinator_gone) and not self.pending
+
+    def give_up(self) -> None:
+        """The coordinator ends although some members have not left: they must not wait for it."""
+        if self.coordinator is not None and not self.departures.everybody:
+            for peer in range(1, self.link.size):
+                self.port.send(peer, pack([(GONE,)]))
+
+    def fail_all(self, error: MpiddpError) -> None:
+        """Nothing here will be done any more."""
+        handles: list[Handle] = [*self.submitted, *self.member.waiting.values()]
+        handles += self.launches.clear()
+        for _, group, _ in self._starting:
+            handles += group
+        for running in self.running:
+            handles += running.handles
+        for handle in handles:
+            if not handle.done:
+                handle.fail(error)
+        self._abandoned += self.running
+        self.submitted.clear()
+        self.member.waiting.clear()
+        self._starting.clear()
+        self.running.clear()
+
+    def __repr__(self) -> str:
+        state = f"{len(self.running)} running, {len(self.member.waiting)} waiting" if self.pending else "idle"
+        return f"Channel(member {self.link.rank} of {self.link.size}, {state})"

@@ -1,0 +1,289 @@
+"""The other side of the negotiation: counts who has submitted what, and says what runs, in which order. Pure.
+
+Each process set has one, with its member 0. It sends every member an ordered run list as requests become ready; only
+that list starts exchanges. Nothing is sent while nothing changes, and nothing here waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
+from typing import Any
+
+from .. import trace
+from ..collectives.base import ReduceOp
+from ..errors import CollectiveError, MismatchError, RankLeftError, StallError
+from . import eager
+from .bucket import fuse
+from .groups import Announced, Groups
+from .mismatch import describe
+from .request import Key, Kind, Signature, automatic_name, shown_number
+from .wire import ALL_LEFT, CYCLE, JOINED, LEFT, NEWS, RESET, RUN
+
+__all__ = ["ERRORS", "Announced", "Coordinator"]
+
+#: Errors by the name under which they travel.
+ERRORS = {error.__name__: error for error in (MismatchError, RankLeftError, StallError, CollectiveError)}
+
+
+class Coordinator:
+    """``ranks`` are the members' world ranks, for the errors."""
+
+    def __init__(self, ranks: Sequence[int], fusion_nbytes: int) -> None:
+        self.ranks = list(ranks)
+        self.size = len(ranks)
+        self.announced: dict[Key, Announced] = {}
+        self.joined: set[int] = set()
+        self.left: dict[int, int] = {}
+        self.heard = 0  # messages so far
+        self.news: dict[str, Callable[..., None]] = {}  # who hears what members tell, by topic; else all members do
+        self._given_up: dict[Key, tuple[set[int], str]] = {}  # who has still to be told, and what
+        self._fusion_nbytes = fusion_nbytes
+        self._tables: list[list[tuple[str | None, Signature]]] = [[] for _ in ranks]
+        self._known: dict[Signature, Signature] = {}
+        self._ready: list[tuple[Key, Announced]] = []
+        self._groups = Groups()
+        self._just_joined: list[int] = []
+        self._outboxes: list[list[tuple[Any, ...]]] = [[] for _ in ranks]
+
+    # -- what comes in -------------------------------------------------------------------------------------------------
+
+    def receive(self, member: int, message: Iterable[tuple[Any, ...]]) -> None:
+        """A message of ``member``."""
+        self.heard += 1
+        for item in message:
+            if item[0] >= 0:
+                self._submitted(member, item)
+            elif item[0] == RESET:
+                self._tables[member].clear()
+            elif item[0] == LEFT:
+                self._has_left(member, item[2], item[3])
+            elif item[0] == CYCLE:
+                for other in self.joined:
+                    self._outboxes[other].append(item)
+            elif item[0] == NEWS:
+                self._pass_on(member, item)
+
+    def _pass_on(self, member: int, item: tuple[Any, ...]) -> None:
+        if item[1] in self.news:
+            self.news[item[1]](member, *item[2:])
+            return
+        for outbox in self._outboxes:
+            outbox.append(item)
+
+    def tell(self, member: int, *notice: Any) -> None:
+        """Send a notice with the next messages."""
+        self._outboxes[member].append(notice)
+
+    def _submitted(self, member: int, item: tuple[Any, ...]) -> None:
+        table = self._tables[member]
+        if len(item) > 5:
+            signature = Signature(*item[6])
+            table.append((item[5], self._known.setdefault(signature, signature)))
+            if len(self._known) > 4 * len(table) + 4096:
+                self._known.clear()
+        number, index, automatic, extent, payload = item[:5]
+        name, signature = table[index]
+        key = automatic if name is None else name
+        if self._answer_late(member, key, number, signature):
+            return  # although others may have submitted the name anew
+        record = self.announced.get(key)
+        if record is None:
+            record = self.announced[key] = Announced(signature)
+        record.numbers[member] = number
+        if trace.active():
+            shown = name if name is not None else automatic_name(signature.kind, key)
+            trace.instant("rank ready", name=shown, rank=self.ranks[member], ranks=tuple(self.ranks))
+        if extent:
+            record.extents[member] = extent
+        if payload is not None:
+            record.payloads[member] = payload
+        if signature is not record.signature and signature != record.signature:
+            record.differs[member] = signature
+        if signature.kind == Kind.JOIN:
+            self.joined.add(member)
+            self._just_joined.append(member)
+            self._fail_joins()
+        elif len(record.numbers) == self.size or (self.joined or self.left):
+            self._look(key, record)
+
+    def _look(self, key: Key, record: Announced) -> None:
+        """Is it ready, now that somebody has submitted, joined or left?"""
+        missing = [member for member in range(self.size) if member not in record.numbers] if self._absent else []
+        if any(member in self.left for member in missing):
+            del self.announced[key]  # nobody needs to come any more: whoever does gets the same error
+            self._ready += self._fail_group(key, record)
+            return
+        if len(record.numbers) + len(missing) < self.size:
+            return
+        if any(member not in self.joined for member in missing):
+            return
+        del self.announced[key]
+        self._ready += self._fail_group(key, record) if record.differs else self._groups.gather(key, record)
+
+    def _fail_group(self, key: Key, record: Announced) -> list[tuple[Key, Announced]]:
+        """``record`` cannot run, and so nothing of its group does."""
+        error = self._problem(key, record)
+        assert error is not None
+        doomed = self._groups.fail(key, record, error, self.announced)
+        for other, entry in doomed:
+            entry.error = error
+            self.announced.pop(other, None)
+        return doomed
+
+    def give_up(self, keys: Iterable[Key], text: str) -> None:
+        """Those who have submitted these get a StallError, and the others when they come at last."""
+        for key in keys:
+            record = self.announced.pop(key, None)
+            if record is not None:
+                self._run([record], (StallError.__name__, text))
+                self._given_up[key] = set(range(self.size)) - record.numbers.keys(), text
+                if record.signature.kind == Kind.JOIN:
+                    self.joined -= record.numbers.keys()
+
+    def _answer_late(self, member: int, key: Key, number: int, signature: Signature) -> bool:
+        error = self._groups.late(member, key, signature)
+        if error is not None:
+            self._outboxes[member].append((RUN, [number], [], error, None))
+            return True
+        awaited, text = self._given_up.get(key, (set(), ""))
+        if member not in awaited:
+            return False
+        self._outboxes[member].append((RUN, [number], [], (StallError.__name__, text), None))
+        awaited.remove(member)
+        if not awaited:
+            del self._given_up[key]
+        return True
+
+    @property
+    def _absent(self) -> bool:
+        return bool(self.joined or self.left)
+
+    def _look_again(self) -> None:
+        for key, record in list(self.announced.items()):
+            if record.signature.kind != Kind.JOIN and key in self.announced:
+                self._look(key, record)
+
+    def _has_left(self, member: int, steps: int, launched: list[int]) -> None:
+        if member in self.left:
+            return
+        self.left[member] = steps
+        for outbox in self._outboxes:
+            outbox.append((LEFT, self.ranks[member], steps, launched))
+        self._fail_joins()
+        self._look_again()
+        if len(self.left) == self.size:
+            for outbox in self._outboxes:
+                outbox.append((ALL_LEFT,))
+
+    def _fail_joins(self) -> None:
+        """Somebody has left without joining: those who wait in join() would wait for ever."""
+        for key, record in list(self.announced.items()):
+            if record.signature.kind == Kind.JOIN and not self.left.keys() <= record.numbers.keys():
+                del self.announced[key]
+                self._run([record], self._problem(key, record))
+                self.joined -= record.numbers.keys()
+                self._just_joined.clear()
+                for outbox in self._outboxes:
+                    outbox.append((JOINED, False))
+
+    # -- what goes out -------------------------------------------------------------------------------------------------
+
+    def messages(self) -> Iterable[tuple[int, list[tuple[Any, ...]]]]:
+        """What each member has to be told since the last call."""
+        if self._just_joined:
+            self._settle_joins()
+        if self._ready:
+            self._schedule()
+        if not any(self._outboxes):
+            return []
+        trace.instant("cycle")
+        outboxes, self._outboxes = self._outboxes, [[] for _ in self.ranks]
+        return [(member, outbox) for member, outbox in enumerate(outboxes) if outbox]
+
+    def _settle_joins(self) -> None:
+        """Those who joined in one round joined at once: the highest of them counts as the last.
+
+        What was submitted before the last one joined runs before the join ends, since it needs those who joined.
+        """
+        just_joined, self._just_joined = self._just_joined, []
+        self._look_again()
+        if len(self.joined) < self.size:
+            for outbox in self._outboxes:
+                outbox.append((JOINED, True))
+            return
+        self._schedule()
+        last = self.ranks[max(just_joined)]
+        self.joined.clear()
+        for key in [key for key, record in self.announced.items() if record.signature.kind == Kind.JOIN]:
+            record = self.announced.pop(key)
+            unnamed = max(extent[0] for extent in record.extents.values())
+            for member, outbox in enumerate(self._outboxes):
+                outbox.append((RUN, [record.numbers[member]], [(last, unnamed)], None, None))
+                outbox.append((JOINED, False))
+
+    def _schedule(self) -> None:
+        ready, self._ready = self._ready, []
+        errors = [record.error or self._problem(key, record) for key, record in ready]
+        for group in fuse([record.signature for _, record in ready], self._fusion_nbytes):
+            sound = [ready[i][1] for i in group if errors[i] is None]
+            if self.joined:  # one exchange serves one set of members: to each of them all of it is known, or nothing
+                for _, records in groupby(sound, lambda record: sorted(record.numbers)):
+                    self._run(list(records), None)
+            elif sound:
+                self._run(sound, None)
+            for i in group:
+                if errors[i] is not None:
+                    self._run([ready[i][1]], errors[i])
+
+    def _run(self, records: list[Announced], error: tuple[str, str] | None) -> None:
+        first = records[0]
+        extents = [first.extents.get(m, ()) for m in range(self.size)] if first.extents else []
+        if error is None and first.payloads and self._answer_eagerly(records, extents):
+            return
+        for member, outbox in enumerate(self._outboxes):
+            numbers = [record.numbers[member] for record in records if member in record.numbers]
+            if numbers:
+                outbox.append((RUN, numbers, extents, error, None))
+            elif member in self.joined and error is None:
+                outbox.append((RUN, [tuple(record.signature) for record in records], extents, None, None))
+
+    def _answer_eagerly(self, records: list[Announced], extents: list[tuple[int, ...]]) -> bool:
+        """Answer what came with its content; False where some member's content is missing."""
+        if any(record.payloads.keys() != record.numbers.keys() for record in records):
+            return False
+        for record in records:
+            contributions = [record.payloads[member] for member in sorted(record.payloads)]
+            root = self.ranks.index(record.signature.root) if record.signature.kind == Kind.BROADCAST else 0
+            payload = eager.answer(record.signature, contributions, root)
+            for member, number in record.numbers.items():
+                self._outboxes[member].append((RUN, [number], extents, None, payload))
+        return True
+
+    def _problem(self, key: Key, record: Announced) -> tuple[str, str] | None:
+        """None, or the class and the text of the error that every member gets."""
+        kind = Kind(record.signature.kind)
+        what = (
+            f"{kind.name.lower()} of {key!r}"
+            if isinstance(key, str)
+            else f"unnamed {kind.name.lower()} number {shown_number(key)}"
+        )
+        missing = [member for member in range(self.size) if member not in record.numbers]
+        gone = [member for member in missing if member in self.left]
+        if gone:
+            said = ", ".join(f"rank {self.ranks[m]} left after {self.left[m]} steps" for m in gone)
+            return RankLeftError.__name__, f"{what}: {said} and will not take part; uneven data? see join()"
+        if record.differs:
+            return MismatchError.__name__, describe(key, record.signatures(), self.ranks)
+        if missing and not _may_miss(record.signature):
+            ranks = ", ".join(str(self.ranks[m]) for m in missing)
+            return CollectiveError.__name__, (
+                f"{what} cannot run after rank {ranks} has joined: only sums and averages can do without a rank"
+            )
+        return None
+
+
+def _may_miss(signature: Signature) -> bool:
+    if signature.kind == Kind.ALLREDUCE:
+        return signature.op == ReduceOp.SUM
+    return signature.kind == Kind.BARRIER

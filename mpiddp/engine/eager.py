@@ -1,0 +1,64 @@
+"""Small requests of callers who wait: the content travels with the announcement, the result with the run list.
+
+One round trip to the coordinator does it all. The coordinator combines in the order of the members and scales once, so
+that everybody gets the same bits.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+
+from ..collectives.base import ReduceOp
+from ..dtypes import dtype_called, scale_
+from .request import Kind, Request, Signature
+
+__all__ = ["KINDS", "answer", "content", "receive", "worthwhile"]
+
+KINDS = frozenset({Kind.ALLREDUCE, Kind.BROADCAST, Kind.ALLGATHER, Kind.BARRIER})
+
+#: Up to here one round trip through the coordinator beats a negotiation followed by an exchange (2 ranks on one host).
+_NBYTES = 16 << 10
+
+#: What the coordinator may have to read for one request, of all members together.
+_TOTAL_NBYTES = 256 << 10
+
+
+def worthwhile(nbytes: int, size: int) -> bool:
+    """Whether a request of this size, among so many members, should go this way."""
+    return nbytes <= _NBYTES and nbytes * size <= _TOTAL_NBYTES
+
+
+def content(flat: torch.Tensor) -> bytes:
+    """The bytes of a contiguous CPU tensor."""
+    return ctypes.string_at(flat.data_ptr(), flat.nbytes)
+
+
+def answer(signature: Signature, contributions: Sequence[bytes], root: int) -> bytes:
+    """What every member gets: reduced, the root's, or one after the other."""
+    if signature.kind == Kind.BROADCAST:
+        return contributions[root]
+    if signature.kind == Kind.ALLGATHER:
+        return b"".join(contributions)
+    if not contributions[0]:
+        return b""
+    result = bytearray(contributions[0])
+    dtype, op = dtype_called(signature.dtype), ReduceOp(signature.op)
+    total = torch.frombuffer(result, dtype=dtype)
+    for contribution in contributions[1:]:
+        op.combine(total, torch.frombuffer(bytearray(contribution), dtype=dtype), out=total)
+    scale_(total, signature.scale)
+    return bytes(result)
+
+
+def receive(request: Request, data: bytes, extents: Sequence[tuple[int, ...]]) -> None:
+    """Finish ``request`` with the answer."""
+    flat = request.flat
+    if request.signature.kind == Kind.ALLGATHER:
+        flat = torch.frombuffer(bytearray(data), dtype=flat.dtype) if data else flat.new_empty(0)
+        flat = flat.view(sum(extent[0] for extent in extents), *request.signature.shape)
+    elif data:
+        ctypes.memmove(flat.data_ptr(), data, len(data))
+    request.complete(flat)

@@ -1,0 +1,89 @@
+"""Exchanges that all members start in one agreed order without negotiation, such as an optimizer's buckets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from .. import trace
+from ..transport.base import Link, Steps
+from .presence import lane_key
+from .request import Handle
+from .wire import CYCLE
+
+if TYPE_CHECKING:
+    from .channel import Channel
+
+__all__ = ["FIRST_TAG", "Lane"]
+
+#: Tags below are those of negotiated exchanges. The smallest upper bound that the MPI standard grants is 32767.
+FIRST_TAG = 8192
+#: Launches of one lane that are under way together, at most, and lanes with tags of their own.
+_TAGS = 512
+_LANES = 32
+
+
+class Lane:
+    """One such sequence. ``mirror``, set by its owner, takes part in one cycle with zeros, for a rank that has
+    joined."""
+
+    def __init__(self, channel: Channel, number: int) -> None:
+        self.channel = channel
+        self.number = number
+        self.launched = 0
+        self.cycle = 0
+        self.is_in_cycle = False
+        self.wanted_cycle = 0
+        self.mirror: Callable[[], None] | None = None
+        self._where = channel.ranks, number
+        self._counted = channel.presence.lane(lane_key(channel.ranks, number))
+        self._first_tag = FIRST_TAG + number % _LANES * _TAGS
+
+    @property
+    def link(self) -> Link:
+        """The members."""
+        return self.channel.link
+
+    def launch(self, name: str, start: Callable[[Link, int], Steps], result: Any = None) -> Handle:
+        """Run ``start(link, tag)``; the handle's result is ``result``."""
+        self.channel.wake()  # raises where the engine has been stopped
+        handle = Handle(name, self._where)
+        self.launched += 1
+        tag = self.tag(self.launched)
+        self.channel.presence.words[self._counted] = self.launched
+        if trace.active():
+            trace.instant("submitted", name=name, of=(handle,))
+        lost = self.channel.departures.lost_after(self.number, self.launched)
+        if lost is not None:
+            handle.fail(lost)
+            return handle
+        self.channel.enqueue(handle, self.number, self.launched, lambda link: start(link, tag), result)
+        return handle
+
+    def tag(self, number: int) -> int:
+        """The tag of the ``number``th launch; later ones have it again."""
+        return self._first_tag + number % _TAGS
+
+    def begin_cycle(self) -> None:
+        """The first launches of an optimizer's step are about to come; ranks that have joined must take part."""
+        self.cycle += 1
+        self.channel.presence.step(self.cycle)
+        self.is_in_cycle = True
+        if self.channel.somebody_joined:
+            self.call_joined()
+
+    def end_cycle(self) -> None:
+        """All that was launched since :meth:`begin_cycle` is done."""
+        self.is_in_cycle = False
+
+    def call_joined(self) -> None:
+        """Tell the ranks that have joined which cycle is going on."""
+        self.channel.tell_coordinator(CYCLE, self.number, self.cycle)
+
+    def serve_joined(self) -> None:
+        """On a rank that has joined: take part in the cycles that others have begun."""
+        while self.cycle < self.wanted_cycle and self.mirror is not None:
+            self.mirror()
+
+    def __repr__(self) -> str:
+        return f"Lane({self.number}, {self.launched} launched, cycle {self.cycle})"

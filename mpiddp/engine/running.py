@@ -1,0 +1,52 @@
+"""An exchange under way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .. import trace
+from ..transport.base import Link, Steps
+from .request import Handle
+
+__all__ = ["Running", "beginning", "finishing"]
+
+
+class Running:
+    """The generator, and who waits for it; of a lane, the how-manieth launch it is, else its tag."""
+
+    __slots__ = ("handles", "lane", "mark", "number", "steps")
+
+    def __init__(self, handles: Sequence[Handle], steps: Steps, lane: int = -1, number: int = 0) -> None:
+        self.handles, self.steps, self.lane, self.number = handles, steps, lane, number
+        self.mark: int | None = None  # what it yielded last: another value means that it moved
+
+    def resume(self) -> bool | None:
+        """True if it has ended, None if it has moved, False if it waits. What it raises belongs to those who wait."""
+        try:
+            mark = next(self.steps)
+        except StopIteration:
+            pass
+        except Exception as error:
+            for handle in self.handles:
+                handle.fail(error)
+        else:
+            if mark == self.mark:
+                return False
+            self.mark = mark
+            return None
+        if trace.active():
+            trace.instant("done", name=self.handles[0].name, of=self.handles)
+        return True
+
+
+def beginning(build: Callable[[], Steps]) -> Steps:
+    """What ``build`` makes, made when it is first resumed: what that raises, too, belongs to those who wait."""
+    yield from build()
+
+
+def finishing(start: Callable[[Link], Steps], link: Link, handle: Handle, result: Any) -> Steps:
+    """The exchange that ``start`` makes, and then the handle is done."""
+    with trace.span("exchange", name=handle.name, of=(handle,)):
+        yield from start(link)
+    handle.finish(result)
