@@ -26,6 +26,8 @@ ranks and the job ends with code 0.
   ``job.wait(timeout_s)``, ``job.kill()``.
 - ``mpirun.flavour`` ("open mpi", "mpich", "intel mpi") and ``mpirun.version`` tell which MPI it is.
 
+**Slow tests**, which start many jobs of their own, carry ``@pytest.mark.slow`` and run with ``--slow`` alone.
+
 **Options**: ``--ranks 2,3`` restricts the sizes, ``--mpi DIR`` names the MPI (a prefix, or the directory of mpirun);
 otherwise it is the one beside this Python, else the first on PATH. ``-k``, ``-x`` and node ids work as ever.
 """
@@ -49,10 +51,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("mpi", "tests on the ranks of an MPI job")
     group.addoption("--ranks", metavar="N,N", help="run the tests on ranks at these sizes only")
     group.addoption("--mpi", metavar="DIR", help="take mpirun from this directory or its bin")
+    group.addoption("--slow", action="store_true", help="run the tests marked slow, too")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "ranks(*sizes, timeout_s=60): run on this many ranks of an MPI job")
+    config.addinivalue_line("markers", "slow: starts many jobs of its own; run with --slow, and in CI")
     load_hypothesis_profile()
     if rank.plugin is not None:
         return
@@ -74,6 +78,16 @@ def load_hypothesis_profile() -> None:
         return
     hypothesis.settings.register_profile("ranks", deadline=None, derandomize=True, database=None)
     hypothesis.settings.load_profile("ranks")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--slow") or rank.plugin is not None:
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    if slow:
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
 
 
 @pytest.hookimpl(tryfirst=True)
