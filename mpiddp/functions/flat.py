@@ -14,6 +14,7 @@ import torch
 
 from .. import runtime
 from ..ops import Handle, broadcast_async_, synchronize
+from ..process_set import ProcessSet, global_process_set
 
 __all__ = ["broadcast_bytes", "broadcast_tensors", "check_root"]
 
@@ -27,10 +28,14 @@ PIECE_NBYTES = 1 << 30
 ALIGNMENT_NBYTES = 16
 
 
-def check_root(root_rank: int) -> None:
-    """Raise ValueError unless ``root_rank`` is a rank of the world."""
-    if not 0 <= root_rank < runtime.size():
-        raise ValueError(f"root_rank must lie between 0 and {runtime.size() - 1}, not {root_rank}")
+def check_root(root_rank: int, members: Sequence[int] | None = None) -> None:
+    """Raise ValueError unless ``root_rank`` is one of ``members``, by default of all ranks of the world."""
+    if members is None:
+        members = range(runtime.size())
+    if root_rank not in members:
+        ranks = list(members)
+        shown = f"between 0 and {ranks[-1]}" if ranks == list(range(len(ranks))) else f"one of {ranks}"
+        raise ValueError(f"root_rank must be {shown}, not {root_rank}")
 
 
 @torch.no_grad()
@@ -49,16 +54,22 @@ def broadcast_tensors(tensors: Iterable[torch.Tensor], root_rank: int, name: str
         in_flight.popleft().finish()
 
 
-def broadcast_bytes(flat: torch.Tensor, root_rank: int, name: str | None) -> None:
+def broadcast_bytes(
+    flat: torch.Tensor, root_rank: int, name: str | None, process_set: ProcessSet = global_process_set
+) -> None:
     """Overwrite ``flat``, a 1-D contiguous uint8 tensor on the CPU, with the root's, of the same length."""
-    for handle in _submit(flat, root_rank, name):
+    for handle in _submit(flat, root_rank, name, process_set):
         synchronize(handle)
 
 
-def _submit(flat: torch.Tensor, root_rank: int, name: str | None) -> list[Handle]:
+def _submit(
+    flat: torch.Tensor, root_rank: int, name: str | None, process_set: ProcessSet = global_process_set
+) -> list[Handle]:
     pieces = torch.split(flat, PIECE_NBYTES) if flat.numel() else ()
     return [
-        broadcast_async_(piece, root_rank, name if name is None or number == 0 else f"{name}.piece{number}")
+        broadcast_async_(
+            piece, root_rank, name if name is None or number == 0 else f"{name}.piece{number}", process_set
+        )
         for number, piece in enumerate(pieces)
     ]
 

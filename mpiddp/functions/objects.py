@@ -18,12 +18,16 @@ import torch
 from .. import runtime
 from ..errors import MpiddpError
 from ..ops import allgather, broadcast_
+from ..ops.submit import channel_of
+from ..process_set import ProcessSet, global_process_set
 from .flat import broadcast_bytes, check_root
 
 __all__ = ["allgather_object", "broadcast_object"]
 
 
-def broadcast_object(obj: Any, root_rank: int = 0, name: str | None = None) -> Any:
+def broadcast_object(
+    obj: Any, root_rank: int = 0, name: str | None = None, process_set: ProcessSet = global_process_set
+) -> Any:
     """The root's ``obj`` on every rank: itself on the root, a copy on the others, whose own ``obj`` is ignored.
 
     A CUDA tensor inside travels by way of the CPU, and arrives on the receiver's current CUDA device, or on the CPU
@@ -31,31 +35,33 @@ def broadcast_object(obj: Any, root_rank: int = 0, name: str | None = None) -> A
 
     Args:
         obj: anything that can be pickled. Only objects of ranks that are trusted: to unpickle is to run code.
-        root_rank: the rank whose object it is.
+        root_rank: the world rank whose object it is.
         name: of the exchange, as in :func:`mpiddp.broadcast`.
+        process_set: whose members take part.
 
     Raises:
-        ValueError: ``root_rank`` is no rank of the world.
+        ValueError: ``root_rank`` is no member.
         MpiddpError: on every rank, naming the root: it could not pickle its object.
     """
-    check_root(root_rank)
+    members = channel_of(process_set).ranks
+    check_root(root_rank, members)
     is_root = runtime.rank() == root_rank
-    if runtime.size() == 1:
+    if len(members) == 1:
         return obj
     length, flat, cause = _pickled(obj) if is_root else (0, torch.empty(0, dtype=torch.uint8), None)
     header = torch.tensor([length], dtype=torch.int64, device="cpu")
-    broadcast_(header, root_rank, name and f"{name}.length")
+    broadcast_(header, root_rank, name and f"{name}.length", process_set)
     length = int(header)
     if not is_root:
         flat = torch.empty(abs(length), dtype=torch.uint8, device="cpu")
-    broadcast_bytes(flat, root_rank, name and f"{name}.bytes")
+    broadcast_bytes(flat, root_rank, name and f"{name}.bytes", process_set)
     if length < 0:
         raise MpiddpError(f"broadcast_object: rank {root_rank} could not pickle its object: {_text(flat)}") from cause
     return obj if is_root else _unpickled(flat)
 
 
-def allgather_object(obj: Any, name: str | None = None) -> list[Any]:
-    """The objects of all ranks, in the order of the ranks: copies, our own included, so that no rank's list aliases.
+def allgather_object(obj: Any, name: str | None = None, process_set: ProcessSet = global_process_set) -> list[Any]:
+    """The objects of all members, in the order of the ranks: copies, our own included, so that no rank's list aliases.
 
     Two all-gathers: 8 bytes a rank for the lengths, then the bytes. As in :func:`broadcast_object`, CUDA tensors travel
     by way of the CPU, and only ranks that are trusted should take part.
@@ -64,9 +70,11 @@ def allgather_object(obj: Any, name: str | None = None) -> list[Any]:
         MpiddpError: on every rank, naming the ranks that could not pickle their object.
     """
     length, flat, cause = _pickled(obj)
-    lengths = allgather(torch.tensor([length], dtype=torch.int64, device="cpu"), name and f"{name}.lengths").tolist()
-    parts = torch.split(allgather(flat, name and f"{name}.bytes"), [abs(n) for n in lengths])
-    failures = [f"rank {rank} ({_text(parts[rank])})" for rank, n in enumerate(lengths) if n < 0]
+    ranks = channel_of(process_set).ranks
+    header = torch.tensor([length], dtype=torch.int64, device="cpu")
+    lengths = allgather(header, name and f"{name}.lengths", process_set).tolist()
+    parts = torch.split(allgather(flat, name and f"{name}.bytes", process_set), [abs(n) for n in lengths])
+    failures = [f"rank {ranks[at]} ({_text(parts[at])})" for at, n in enumerate(lengths) if n < 0]
     if failures:
         raise MpiddpError(f"allgather_object: an object could not be pickled on {', '.join(failures)}") from cause
     return [_unpickled(part) for part in parts]

@@ -1,0 +1,50 @@
+"""All-reduce of sparse tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from .. import dtypes
+from ..errors import ArgumentError
+from ..op import Average, Op, Sum
+from ..process_set import ProcessSet, global_process_set
+from .group import GroupHandle
+from .move import gather
+from .submit import channel_of, claim, synchronize
+
+__all__ = ["sparse_allreduce_async"]
+
+
+def sparse_allreduce_async(
+    tensor: torch.Tensor, name: str | None, op: Op = Average, process_set: ProcessSet = global_process_set
+) -> Callable[[], torch.Tensor]:
+    """Sum or average sparse COO tensors of one shape: indices and values are gathered, equal indices are added.
+
+    Returns a callable that waits and gives the coalesced result. Cost: two all-gathers.
+    """
+    if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.sparse_coo:
+        given = tensor.layout if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+        raise ArgumentError(f"sparse_allreduce_async takes a sparse COO tensor, not {given}")
+    if op not in (Average, Sum):
+        raise ArgumentError(f"sparse tensors are averaged or summed, so op is Average or Sum, not {op!r}")
+    channel = channel_of(process_set)
+    own = tensor.detach().coalesce()
+    purpose = f"{op!r} of sparse tensors of shape {tuple(own.shape)}"
+    parts = [("indices", own.indices().t().contiguous()), ("values", own.values())]
+    dtypes.check(own.dtype)
+    names = [None if name is None else f"{name}.{what}" for what, _ in parts]
+    for key in filter(None, names):
+        claim(channel, key)
+    handles = [gather(channel, part, key, purpose=purpose) for key, (_, part) in zip(names, parts, strict=True)]
+    size = channel.link.size
+
+    def collect() -> torch.Tensor:
+        places, values = GroupHandle(handles).collect(synchronize)
+        whole = torch.sparse_coo_tensor(places.t(), values, own.shape).coalesce()
+        if op is Average:
+            dtypes.scale_(whole.values(), 1 / size)
+        return whole
+
+    return collect

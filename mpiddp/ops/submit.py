@@ -1,0 +1,170 @@
+"""The one way from a call to the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .. import dtypes, runtime
+from ..collectives.base import ReduceOp
+from ..engine import Channel, Handle, Key, Kind, Request, Signature
+from ..engine import eager as eagerly
+from ..errors import ArgumentError, DuplicateNameError
+from ..process_set import ProcessSet, global_process_set
+
+__all__ = ["channel_of", "claim", "dense", "in_place", "poll", "submit", "synchronize", "wait_for"]
+
+#: Names and signatures are looked through, or forgotten, when there are this many.
+_REMEMBERED = 4096
+
+_signatures: dict[Any, Signature] = {}
+
+
+def channel_of(process_set: ProcessSet) -> Channel:
+    """The set's channel; raises where this process is no member, or the set was not added."""
+    here = runtime.current()
+    if process_set is global_process_set:
+        return here.channel
+    if process_set.process_set_id is None:
+        raise ArgumentError(f"{process_set!r} has not been added: call mpiddp.add_process_set() on every rank first")
+    if process_set.channel is None:
+        raise ArgumentError(
+            f"rank {here.world.rank} is no member of process set {process_set.process_set_id} (ranks "
+            f"{process_set.ranks}); only members may call its collectives"
+        )
+    return process_set.channel
+
+
+def dense(value: object, what: str) -> torch.Tensor:
+    """``value`` detached, if it is a dense tensor."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(
+            f"{what} takes a torch.Tensor, not a {type(value).__name__}; for objects there is broadcast_object"
+        )
+    if value.layout is not torch.strided:
+        raise ArgumentError(
+            f"{what} takes a dense tensor, not one of layout {value.layout}; make it dense with .to_dense(), or use "
+            "sparse_allreduce_async"
+        )
+    return value.detach() if value.requires_grad else value
+
+
+def in_place(tensor: torch.Tensor) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor] | None]:
+    """A flat tensor to work on, and how its content becomes that of ``tensor``: nothing to do where it is the same."""
+    if tensor.is_inference():
+        with torch.inference_mode(False):
+            return _in_place(_writable(tensor))
+    return _in_place(tensor)
+
+
+def _in_place(tensor: torch.Tensor) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor] | None]:
+    if tensor.is_contiguous():
+        return tensor.view(-1), None
+    flat = tensor.contiguous().view(-1)
+    return flat, lambda flat: tensor.copy_(flat.view(tensor.shape))
+
+
+def _writable(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as a tensor that may be written outside inference mode, where exchanges are resumed."""
+    alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return alias.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
+
+
+def submit(
+    channel: Channel,
+    kind: Kind,
+    tensor: torch.Tensor,
+    flat: torch.Tensor,
+    name: Key | None,
+    *,
+    deliver: Callable[[Any], Any] | None = None,
+    answer: Any = None,
+    shape: tuple[int, ...] | None = None,
+    op: ReduceOp = ReduceOp.SUM,
+    prescale: float = 1.0,
+    scale: float = 1.0,
+    root: int = 0,
+    extent: tuple[int, ...] = (),
+    group: tuple[str, int] | tuple[()] = (),
+    purpose: str = "",
+    blocking: bool = False,
+) -> Request:
+    """Hand one collective to the engine. ``flat`` is what travels; ``tensor`` is what the caller gave.
+
+    ``name`` is a name, None, or the number that a group without a name has given. Nothing is scaled or sent, and no
+    number used up, where it raises.
+    """
+    device = tensor.device.type
+    described = (
+        kind, tensor.dtype, tensor.shape if shape is None else shape, op, root, prescale, scale, device, group, purpose
+    )  # fmt: skip
+    signature = _signatures.get(described)
+    if signature is None:
+        signature = _remember(described)
+    key: Key
+    if name is None:
+        channel.unnamed += 1
+        key = channel.unnamed
+    else:
+        key = name
+        if isinstance(key, str):
+            claim(channel, key)
+    if prescale != 1.0:
+        dtypes.scale_(flat, prescale)
+    eager = (
+        blocking
+        and device == "cpu"
+        and op != ReduceOp.ADASUM
+        and kind in eagerly.KINDS
+        and eagerly.worthwhile(flat.nbytes, channel.link.size)
+    )
+    request = Request(key, signature, flat, deliver, answer, extent, eager)
+    if isinstance(key, str):
+        channel.names[key] = request
+    return runtime.current().engine.submit(channel, request)
+
+
+def _remember(described: Any) -> Signature:
+    kind, dtype, shape, op, root, prescale, scale, device, group, purpose = described
+    if len(_signatures) >= _REMEMBERED:
+        _signatures.clear()
+    signature = Signature(
+        int(kind), dtypes.check(dtype), tuple(shape), int(op), root, prescale, scale, device, tuple(group), purpose
+    )
+    _signatures[described] = signature
+    return signature
+
+
+def claim(channel: Channel, name: str) -> None:
+    """Raise DuplicateNameError if ``name`` is in flight here."""
+    earlier = channel.names.get(name)
+    if earlier is not None and not earlier.done:
+        raise DuplicateNameError(
+            f"{name!r} is in flight on rank {channel.ranks[channel.link.rank]} already: synchronize its handle first, "
+            "or use another name"
+        )
+    if len(channel.names) >= _REMEMBERED:
+        channel.names = {n: handle for n, handle in channel.names.items() if not handle.done}
+
+
+def wait_for(handle: Handle) -> Any:
+    """Push until the handle is done; return its result or raise its error."""
+    return runtime.current().engine.wait(handle)
+
+
+def poll(handle: Any) -> bool:
+    """Whether the result is there; pushes what is in flight first. A finished handle stays finished."""
+    if not handle.done:
+        runtime.current().engine.push()
+    return bool(handle.done)
+
+
+def synchronize(handle: Any) -> Any:
+    """Wait for an operation; return its result (a list for a group) or raise its error."""
+    if isinstance(handle, Handle):
+        if handle.done and handle.error is None:
+            return handle.result
+        return runtime.current().engine.wait(handle)
+    return handle.collect(synchronize)

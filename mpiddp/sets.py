@@ -1,0 +1,109 @@
+"""The process sets that exist. State: ``_sets``, by id; changed by all ranks together, in the thread that calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from . import config
+from .config import Config
+from .engine import Channel, Engine, Kind, Request, Signature
+from .errors import ArgumentError
+from .process_set import ProcessSet, global_process_set
+from .transport.control import MpiPort
+from .transport.host import HostLink
+from .world import World
+
+__all__ = ["ProcessSets"]
+
+
+class ProcessSets:
+    """Adds and removes process sets; the world's own has id 0."""
+
+    def __init__(self, world: World, settings: Config, engine: Engine, channel: Channel) -> None:
+        self._world, self._settings, self._engine = world, settings, engine
+        self._everyone = channel
+        self._sets: dict[int, ProcessSet] = {0: global_process_set}
+        self._comms: dict[int, Any] = {}
+        self._next = 1
+        self._agreements = 0
+        global_process_set.ranks = list(range(world.size))
+        global_process_set.process_set_id = 0
+        global_process_set.channel = channel
+
+    def add(self, process_set: ProcessSet | Sequence[int]) -> ProcessSet:
+        """Make a set usable. Collective over all ranks, in one order; raises on all where they disagree."""
+        if not isinstance(process_set, ProcessSet):
+            process_set = ProcessSet(process_set)
+        if process_set.process_set_id is not None:
+            raise ArgumentError(f"{process_set!r} has been added already")
+        ranks = process_set.ranks
+        wrong = [rank for rank in ranks if rank >= self._world.size]
+        if wrong or not ranks:
+            raise ArgumentError(
+                f"process set {ranks}: ranks are 0 to {self._world.size - 1}" + (f"; {wrong} are not" if wrong else "")
+            )
+        for other in self._sets.values():
+            if other.ranks == ranks:
+                raise ArgumentError(f"a process set with ranks {ranks} exists already: {other!r}")
+        self._agree(f"add process set {ranks}")
+        process_set.process_set_id = self._next
+        self._next += 1
+        self._sets[process_set.process_set_id] = process_set
+        if self._world.rank in ranks:
+            self._open(process_set)
+        return process_set
+
+    def _open(self, process_set: ProcessSet) -> None:
+        number, ranks = process_set.process_set_id, process_set.ranks
+        assert number is not None
+        # Collective over the members alone; the tag keeps sets apart that are made at the same time.
+        comm = self._world.comm.Create_group(self._world.comm.group.Incl(ranks), tag=number % 32768)
+        channel = Channel(
+            HostLink(comm),
+            MpiPort(comm),
+            ranks,
+            int(self._settings.fusion_mb * config.MIB),
+            self._settings.segment_kb << 10,
+        )
+        process_set.channel = channel
+        self._comms[number] = comm
+        self._engine.add(channel)
+
+    def remove(self, process_set: ProcessSet) -> bool:
+        """Forget a set. Collective over all ranks. False if it is the world's own, or was not added."""
+        number = process_set.process_set_id
+        if not number or self._sets.get(number) is not process_set:
+            return False
+        channel = process_set.channel
+        if channel is not None and channel.pending:
+            raise ArgumentError(f"{process_set!r} has operations in flight: synchronize them before removing it")
+        self._agree(f"remove process set {process_set.ranks}")
+        self._close(process_set, free=True)
+        return True
+
+    def _close(self, process_set: ProcessSet, free: bool) -> None:
+        number = process_set.process_set_id
+        assert number is not None
+        if process_set.channel is not None:
+            self._engine.remove(process_set.channel)
+        comm = self._comms.pop(number, None)
+        if comm is not None and free:
+            comm.Free()
+        del self._sets[number]
+        process_set.process_set_id = process_set.channel = None
+
+    def forget(self, free: bool) -> None:
+        """All sets end with the world."""
+        for number in sorted(self._sets, reverse=True):
+            self._close(self._sets[number], free)
+
+    def _agree(self, what: str) -> None:
+        """A barrier whose name says what is to be done, so that ranks which differ get an error in place of a hang."""
+        nothing = torch.empty(0, dtype=torch.uint8)
+        self._agreements += 1
+        signature = Signature(int(Kind.BARRIER), purpose=what)
+        request = Request(f"process sets, change {self._agreements}", signature, nothing, eager=True)
+        self._engine.wait(self._engine.submit(self._everyone, request))
