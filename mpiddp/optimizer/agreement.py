@@ -5,15 +5,14 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 
 from ..collectives import ReduceOp, doubling, ring
 from ..collectives.base import Bounds
 from ..dtypes import name_of
-from ..engine import Engine
-from ..engine.progress import Lane
+from ..engine import Engine, Lane
 from ..errors import MismatchError
 
 __all__ = ["agree_on_order", "agree_on_trained"]
@@ -21,8 +20,10 @@ __all__ = ["agree_on_order", "agree_on_trained"]
 Description = list[tuple[str, tuple[int, ...], str]]
 
 
-def agree_on_trained(engine: Engine, lane: Lane, names: Sequence[str], params: Sequence[torch.Tensor]) -> list[bool]:
-    """Which parameters some rank trains. Blocking and collective.
+def agree_on_trained(
+    engine: Engine, lane: Lane, names: Sequence[str], params: Sequence[torch.Tensor], sparse: Collection[int]
+) -> tuple[set[int], set[int]]:
+    """The parameters that some rank trains, and those whose gradients are sparse on some rank. Blocking and collective.
 
     Raises MismatchError on every rank, naming the first parameter that differs, where ranks differ in names, shapes
     or dtypes.
@@ -39,9 +40,13 @@ def agree_on_trained(engine: Engine, lane: Lane, names: Sequence[str], params: S
         payload = torch.frombuffer(bytearray(described), dtype=torch.uint8)
         everyone = [pickle.loads(data) for data in _gather(engine, lane, payload, lengths)]
         raise MismatchError(_difference(everyone))
-    trained = torch.tensor([param.requires_grad for param in params], dtype=torch.uint8)
-    engine.wait(lane.launch("layout", lambda link, tag: doubling.allreduce(link, trained, ReduceOp.MAX, tag)))
-    return [bool(flag) for flag in trained.tolist()]
+    masks = torch.zeros(2, len(params), dtype=torch.uint8)
+    masks[0] = torch.tensor([param.requires_grad for param in params])
+    masks[1, list(sparse)] = 1
+    flat = masks.view(-1)
+    engine.wait(lane.launch("layout", lambda link, tag: doubling.allreduce(link, flat, ReduceOp.MAX, tag)))
+    trained, is_sparse = (set(mask.nonzero().view(-1).tolist()) for mask in masks)
+    return trained, is_sparse
 
 
 def agree_on_order(engine: Engine, lane: Lane, order: Sequence[int]) -> list[int]:

@@ -4,23 +4,29 @@ returns."""
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from .. import runtime
-from ..op import Average, Op, Sum
+from ..collectives.base import cut
+from ..compression import Compression
+from ..op import Adasum, Average, Op, Sum
+from ..ops.submit import channel_of
+from ..process_set import ProcessSet, global_process_set
+from .adasum import wrap_adasum
+from .options import Options
 from .reducer import Reducer
+from .wrapped import Alone, Wrapped, become
 
 __all__ = ["DistributedOptimizer"]
 
 
-class _Distributed:
+class _Distributed(Wrapped):
     """What a wrapped optimizer can do beyond its own class. Mixed into a subclass of that class."""
 
-    _mpiddp_plain: type[torch.optim.Optimizer]
     _mpiddp_reducer: Reducer
     _mpiddp_synchronized = False
     _mpiddp_skip = False
@@ -61,22 +67,19 @@ class _Distributed:
         params = groups[-1]["params"]
         self._mpiddp_reducer.add(params, [f"group{len(groups) - 1}.{i}" for i in range(len(params))])
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copies and pickles are plain optimizers of the wrapped class; wrap them anew."""
-        return _plain_copy, (self._mpiddp_plain, self.__getstate__())  # type: ignore[attr-defined]
-
-
-def _plain_copy(plain: type[torch.optim.Optimizer], state: dict[str, Any]) -> torch.optim.Optimizer:
-    optimizer = plain.__new__(plain)
-    optimizer.__setstate__(state)
-    return optimizer
-
 
 def DistributedOptimizer(  # noqa: N802 - the name that scripts know
     optimizer: torch.optim.Optimizer,
     named_parameters: Iterable[tuple[str, torch.Tensor]] | None = None,
+    compression: Any = Compression.none,
     backward_passes_per_step: int = 1,
     op: Op = Average,
+    gradient_predivide_factor: float = 1.0,
+    num_groups: int = 0,
+    groups: int | Sequence[Sequence[torch.Tensor]] | None = None,
+    sparse_as_dense: bool = False,
+    process_set: ProcessSet = global_process_set,
+    *,
     average_aggregated_gradients: bool = False,
 ) -> Any:
     """Make ``optimizer`` distributed, and return it: the same object, of a subclass of its class.
@@ -85,10 +88,18 @@ def DistributedOptimizer(  # noqa: N802 - the name that scripts know
     ``grad`` is averaged over the ranks (summed with ``op=Sum``), so that gradients can be clipped or logged at once;
     ``step()`` then does the same on every rank. Gradients are exchanged while backward goes on.
 
-    ``named_parameters``: ``model.named_parameters()``, for errors that name what is wrong; all parameters or none.
-    ``backward_passes_per_step``: exchange after so many backwards, whose gradients are summed as torch accumulates
-    them, or averaged over the passes with ``average_aggregated_gradients=True``; a ``step()`` before that many
-    exchanges what there is.
+    - ``named_parameters``: ``model.named_parameters()``, for errors that name what is wrong; all parameters or none.
+    - ``compression``: what gradients look like while they travel: ``Compression.none``, ``.fp16``, ``.bf16`` (a whole
+      bucket at a time), or an object with ``compress`` and ``decompress``, which gets each gradient by itself.
+    - ``backward_passes_per_step``: exchange after so many backwards, whose gradients are summed as torch accumulates
+      them, or averaged over the passes with ``average_aggregated_gradients=True``; a ``step()`` before that many
+      exchanges what there is.
+    - ``op``: Average, Sum, or Adasum, which takes the optimizer's steps, not the gradients, as what is combined
+      (:mod:`mpiddp.optimizer.adasum`).
+    - ``gradient_predivide_factor``: an average divides by it before the sum and by the rest of the size after it.
+    - ``groups`` (lists of parameters) or ``num_groups`` (so many equal parts): parameters that share a bucket.
+    - ``sparse_as_dense``: make sparse gradients dense; otherwise indices and values are gathered.
+    - ``process_set``: average among its members; elsewhere the optimizer goes on by itself, as it was.
 
     A parameter that got a gradient on some ranks counts as zeros on the others; one that got none anywhere keeps
     None. A second backward before ``step()`` exchanges what it added; with ``op=Sum`` it raises. Start from equal
@@ -98,28 +109,33 @@ def DistributedOptimizer(  # noqa: N802 - the name that scripts know
     MismatchError, at the first exchange, when the ranks' parameters differ in name, shape or dtype.
     """
     here = runtime.current()
-    _check(optimizer, op)
+    _check(optimizer, op, gradient_predivide_factor)
     params = [param for group in optimizer.param_groups for param in group["params"]]
     names = _names(optimizer, params, named_parameters)
-    reducer = Reducer(
-        here.engine,
-        here.channel,
-        params,
-        names,
+    if process_set.included() is False:
+        become(optimizer, Alone)
+        return optimizer
+    channel = channel_of(process_set)
+    if op is Adasum:
+        _passes(
+            backward_passes_per_step
+        )  # gradients accumulate over whatever comes before step(); checked all the same
+        return wrap_adasum(optimizer, params, here.engine, channel, compression)
+    options = Options(
         average=op is Average,
-        passes=_passes(backward_passes_per_step),
         average_passes=average_aggregated_gradients,
-        bucket_nbytes=here.config.bucket_nbytes,
+        compression=compression,
+        predivide=gradient_predivide_factor,
+        groups=_groups(params, num_groups, groups),
+        sparse_as_dense=sparse_as_dense,
         first_nbytes=here.config.first_bucket_nbytes,
+        bucket_nbytes=here.config.bucket_nbytes,
         segment_nbytes=here.config.segment_kb << 10,
     )
-    plain = type(optimizer)
-    distributed = type(
-        plain.__name__, (_Distributed, plain), {"__module__": plain.__module__, "__doc__": plain.__doc__}
+    become(optimizer, _Distributed)
+    optimizer._mpiddp_reducer = Reducer(  # type: ignore[attr-defined]
+        here.engine, channel, params, names, _passes(backward_passes_per_step), options
     )
-    optimizer.__class__ = distributed
-    optimizer._mpiddp_plain = plain  # type: ignore[attr-defined]
-    optimizer._mpiddp_reducer = reducer  # type: ignore[attr-defined]
     optimizer.register_step_pre_hook(_before_step)
     optimizer.register_step_post_hook(_after_step)
     return optimizer
@@ -148,18 +164,48 @@ def _after_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     optimizer._mpiddp_synchronized = False
 
 
-def _check(optimizer: torch.optim.Optimizer, op: Op) -> None:
+def _check(optimizer: torch.optim.Optimizer, op: Op, predivide: float) -> None:
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"DistributedOptimizer takes a torch.optim.Optimizer, not a {type(optimizer).__name__}")
-    if isinstance(optimizer, _Distributed):
+    if isinstance(optimizer, Wrapped):
         raise ValueError("this optimizer is distributed already: wrap it once")
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError(
-            "LBFGS cannot be distributed: it evaluates the loss several times a step and decides from local "
-            "values how often, so the ranks would drift apart; use a first-order optimizer"
+            "LBFGS cannot be distributed: it evaluates the loss several times a step and decides from local values how "
+            "often, so the ranks would drift apart; use a first-order optimizer"
         )
-    if op not in (Average, Sum):
-        raise ValueError(f"gradients are averaged or summed, so op is Average or Sum, not {op!r}")
+    if op not in (Average, Sum, Adasum):
+        raise ValueError(f"gradients are averaged or summed, so op is Average, Sum or Adasum, not {op!r}")
+    if not predivide > 0:
+        raise ValueError(f"gradient_predivide_factor must be positive, not {predivide!r}")
+    if predivide != 1.0 and op is not Average:
+        raise ValueError(f"gradient_predivide_factor={predivide} splits the division of an Average; op is {op!r}")
+
+
+def _groups(
+    params: Sequence[torch.Tensor], num_groups: int, groups: int | Sequence[Sequence[torch.Tensor]] | None
+) -> dict[int, int]:
+    """The number of the group of each parameter that is in one, by its position."""
+    if isinstance(groups, int) and not isinstance(groups, bool):
+        num_groups, groups = groups, None
+    if groups is None:
+        if isinstance(num_groups, bool) or not isinstance(num_groups, int) or num_groups < 0:
+            raise ValueError(f"num_groups is a whole number of at least 0, not {num_groups!r}")
+        parts = cut(0, len(params), num_groups) if num_groups else []
+        return {index: number for number, (lo, hi) in enumerate(parts) for index in range(lo, hi)}
+    if not isinstance(groups, (list, tuple)) or any(not isinstance(group, (list, tuple)) for group in groups):
+        raise ValueError("groups must be a number, or a list of lists of parameters")
+    position = {id(param): index for index, param in enumerate(params)}
+    found: dict[int, int] = {}
+    for number, group in enumerate(groups):
+        for param in group:
+            index = position.get(id(param))
+            if index is None:
+                raise ValueError(f"groups[{number}] has a tensor that is no parameter of the optimizer")
+            if index in found:
+                raise ValueError(f"a parameter is in groups {found[index]} and {number}; groups must not overlap")
+            found[index] = number
+    return found
 
 
 def _passes(passes: int) -> int:

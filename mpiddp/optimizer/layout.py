@@ -2,38 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Bucket", "plan"]
+__all__ = ["Bucket", "Layout", "plan"]
 
 #: Every gradient begins at a multiple of this, so that vector instructions and foreach kernels find it aligned.
 _ALIGN_NBYTES = 64
 
 
 def plan(
-    nbytes: Sequence[int], kinds: Sequence[Hashable], order: Sequence[int], first_nbytes: int, bucket_nbytes: int
+    nbytes: Sequence[int],
+    kinds: Sequence[Hashable],
+    order: Sequence[int],
+    first_nbytes: int,
+    bucket_nbytes: int,
+    groups: Mapping[int, int] | None = None,
 ) -> list[list[int]]:
     """The parameters of each bucket, in the order in which buckets are exchanged.
 
     ``order`` is that in which gradients become ready. A bucket holds parameters of one kind (dtype and device), up to
-    ``bucket_nbytes`` (the first one less) or a single parameter that is larger. Buckets come in the order in which
-    their last gradient does.
+    ``bucket_nbytes`` (the first one less) or a single parameter that is larger. The parameters of one group, a number
+    in ``groups``, share a bucket of their own, of any size. Buckets come in the order in which their last gradient
+    does.
     """
     buckets: list[list[int]] = []
     filling: dict[Hashable, list[int]] = {}
     filled: dict[Hashable, int] = {}
     for index in order:
-        kind, size = kinds[index], nbytes[index]
+        group = groups.get(index) if groups else None
+        kind, size = (kinds[index], group), nbytes[index]
         limit = bucket_nbytes if buckets else first_nbytes
-        if kind in filling and filled[kind] + size > limit:
+        if kind in filling and filled[kind] + size > limit and group is None:
             buckets.append(filling.pop(kind))
         filling.setdefault(kind, []).append(index)
         filled[kind] = filled[kind] + size if len(filling[kind]) > 1 else size
     position = {index: at for at, index in enumerate(order)}
-    return buckets + sorted(filling.values(), key=lambda bucket: position[bucket[-1]])
+    return sorted(buckets + list(filling.values()), key=lambda bucket: position[bucket[-1]])
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,11 @@ class Bucket:
     views: tuple[torch.Tensor, ...]
     flags: torch.Tensor
     control: torch.Tensor
+
+    @property
+    def tail(self) -> torch.Tensor:
+        """The flags and the control flags: what is no gradient."""
+        return self.flat[-(len(self.indices) + 2) :]
 
     @classmethod
     def over(cls, indices: Sequence[int], params: Sequence[torch.Tensor]) -> Bucket:
@@ -69,6 +81,50 @@ class Bucket:
     def __repr__(self) -> str:
         size = self.flat.numel() * self.flat.element_size() / (1 << 20)
         return f"Bucket({len(self.indices)} parameters, {size:.2f} MiB of {self.flat.dtype} on {self.flat.device})"
+
+
+class Layout:
+    """Where the gradient of each of ``params`` lies. ``params`` is the owner's list, which may grow."""
+
+    def __init__(self, params: Sequence[torch.Tensor]) -> None:
+        self._params = params
+        self.buckets: list[Bucket] = []
+        self.place: dict[int, tuple[int, int]] = {}  # parameter -> its bucket, and where in it
+
+    def view(self, index: int) -> torch.Tensor:
+        """Where the gradient of parameter ``index`` lies in its bucket."""
+        number, at = self.place[index]
+        return self.buckets[number].views[at]
+
+    def holds(self, index: int) -> bool:
+        """Whether the gradient of parameter ``index`` lies in its bucket now."""
+        return index in self.place and self._params[index].grad is self.view(index)
+
+    def order(self) -> list[int]:
+        """The parameters in the order of their places."""
+        return [index for bucket in self.buckets for index in bucket.indices]
+
+    def renew(
+        self, order: Sequence[int], first_nbytes: int, bucket_nbytes: int, groups: Mapping[int, int] | None
+    ) -> None:
+        """New buckets, as :func:`plan` says; gradients that lie in the old ones move."""
+        params = self._params
+        nbytes = [param.numel() * param.element_size() for param in params]
+        kinds = [(param.dtype, param.device) for param in params]
+        held = {index: params[index].grad for index in order if self.holds(index)}
+        self.buckets, self.place = [], {}
+        for number, group in enumerate(plan(nbytes, kinds, order, first_nbytes, bucket_nbytes, groups)):
+            bucket = Bucket.over(group, params)
+            self.buckets.append(bucket)
+            for at, index in enumerate(group):
+                self.place[index] = (number, at)
+                grad = held.pop(index, None)
+                if grad is not None:
+                    bucket.views[at].copy_(grad)
+                    params[index].grad = bucket.views[at]
+
+    def __repr__(self) -> str:
+        return f"Layout({len(self.place)} parameters in {len(self.buckets)} buckets)"
 
 
 def _view(flat: torch.Tensor, at: int, param: torch.Tensor) -> torch.Tensor:

@@ -97,14 +97,12 @@ def test_equals_one_process_over_the_whole_batch(
 
 def shrink_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several buckets even in a small model."""
-    from mpiddp.optimizer import reducer
+    from mpiddp.optimizer import distributed
 
-    original = reducer.Reducer.__init__
-
-    def small(self: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs | {"first_nbytes": 256, "bucket_nbytes": 1024})
-
-    monkeypatch.setattr(reducer.Reducer, "__init__", small)
+    original = distributed.Options
+    monkeypatch.setattr(
+        distributed, "Options", lambda **kwargs: original(**kwargs | {"first_nbytes": 256, "bucket_nbytes": 1024})
+    )
 
 
 def test_a_gradient_is_a_view_of_its_bucket(world: Any) -> None:
@@ -113,7 +111,7 @@ def test_a_gradient_is_a_view_of_its_bucket(world: Any) -> None:
     for _ in range(3):
         optimizer.zero_grad()
         model(torch.randn(4, 3, 3, 3)).sum().backward()
-        buckets = optimizer._mpiddp_reducer.buckets
+        buckets = optimizer._mpiddp_reducer.layout.buckets
         for param in model.parameters():
             assert any(param.grad is view for bucket in buckets for view in bucket.views)
             assert param.grad.stride() == param.stride()
@@ -204,7 +202,7 @@ def test_frozen_from_the_start_takes_no_room(world: Any) -> None:
     model[0].requires_grad_(False)
     optimizer = world.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
     model(torch.randn(2, 100)).sum().backward()
-    assert sum(bucket.flat.numel() for bucket in optimizer._mpiddp_reducer.buckets) < 200
+    assert sum(bucket.flat.numel() for bucket in optimizer._mpiddp_reducer.layout.buckets) < 200
     optimizer.step()
 
 

@@ -1,0 +1,107 @@
+"""Adasum of an optimizer's steps: each rank steps by its own gradients, and the differences are combined.
+
+For plain SGD that is the adaptive sum of the gradients; with momentum or adaptive learning rates it is what the
+method's authors recommend: the optimizer sees local gradients, and what is combined is what it made of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ..collectives import adasum
+from ..engine import Channel, Engine, Lane
+from ..engine.execute import through_host
+from ..transport.base import Link, Steps
+from .wrapped import Wrapped, become
+
+__all__ = ["wrap_adasum"]
+
+
+class _Adasum(Wrapped):
+    """Mixed into the optimizer's class."""
+
+    _mpiddp_steps: _Steps
+
+    def synchronize(self) -> None:
+        """Nothing to do: it is the step that is combined, after it was made."""
+
+    @contextmanager
+    def skip_synchronize(self) -> Iterator[None]:
+        """Accepted as in other optimizers, and without effect: there is nothing to skip."""
+        yield
+
+    def set_backward_passes_per_step(self, passes: int) -> None:
+        """Gradients accumulate over as many backwards as come before ``step()``; the number is not needed."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As the wrapped class's; to be called on every rank."""
+        super().add_param_group(param_group)  # type: ignore[misc]
+        self._mpiddp_steps.params += self.param_groups[-1]["params"]  # type: ignore[attr-defined]
+
+
+class _Steps:
+    """Remembers the parameters before a step, and combines what it changed."""
+
+    def __init__(self, params: Sequence[torch.Tensor], engine: Engine, lane: Lane, compression: Any) -> None:
+        self.params = list(params)
+        self._engine, self._lane, self._compression = engine, lane, compression
+        self._before: list[torch.Tensor] = []
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        self._before = [param.detach().clone() for param in self.params]
+
+    @torch.no_grad()
+    def combine(self) -> None:
+        self._lane.begin_cycle()
+        sent = []
+        for number, (param, before) in enumerate(zip(self.params, self._before, strict=True)):
+            packed, context = self._compression.compress(param - before)
+            flat = packed.contiguous().view(-1)
+            sent.append(
+                (flat.view(packed.shape), context, self._lane.launch(f"step of parameter {number}", _start(flat)))
+            )
+        for param, before, (packed, context, handle) in zip(self.params, self._before, sent, strict=True):
+            self._engine.wait(handle)
+            param.copy_(before.add_(self._compression.decompress(packed, context)))
+        self._before = []
+        self._lane.end_cycle()
+
+    def take_part_without_data(self) -> None:
+        """This rank has joined: a step of zeros, which leaves the others' as they are."""
+        self.begin()
+        parameters = [param.detach().clone() for param in self.params]
+        self.combine()
+        with torch.no_grad():
+            for param, own in zip(self.params, parameters, strict=True):
+                param.copy_(own)
+
+
+def _start(flat: torch.Tensor) -> Any:
+    def start(link: Link, tag: int) -> Steps:
+        return through_host(flat, lambda host: adasum.allreduce(link, host, tag))
+
+    return start
+
+
+def wrap_adasum(
+    optimizer: torch.optim.Optimizer,
+    params: Sequence[torch.Tensor],
+    engine: Engine,
+    channel: Channel,
+    compression: Any,
+) -> torch.optim.Optimizer:
+    """Make ``optimizer`` combine its steps by Adasum. Raises ValueError unless the number of ranks is a power of
+    two."""
+    adasum.check_size(channel.link.size)
+    become(optimizer, _Adasum)
+    steps = _Steps(params, engine, channel.lane(), compression)
+    steps._lane.mirror = steps.take_part_without_data
+    optimizer._mpiddp_steps = steps  # type: ignore[attr-defined]
+    optimizer.register_step_pre_hook(lambda *_: steps.begin())
+    optimizer.register_step_post_hook(lambda *_: steps.combine())
+    return optimizer

@@ -1,0 +1,26 @@
+"""What a user may choose about the exchange of gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..compression import Compression
+
+__all__ = ["Options"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How gradients are exchanged. ``groups`` gives some parameters (by position) the number of their group."""
+
+    average: bool = True
+    average_passes: bool = False
+    compression: Any = Compression.none
+    predivide: float = 1.0
+    groups: Mapping[int, int] = field(default_factory=dict)
+    sparse_as_dense: bool = False
+    first_nbytes: int = 1 << 20
+    bucket_nbytes: int = 25 << 20
+    segment_nbytes: int = 512 << 10

@@ -1,0 +1,86 @@
+"""How a bucket travels: scaled, compressed or as it is, and what comes back into it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..collectives import ReduceOp, select
+from ..compression import BF16Compressor, Compression, FP16Compressor
+from ..engine import Engine, Handle, Lane
+from ..engine.execute import through_host
+from ..transport.base import Link, Steps
+from .layout import Bucket
+
+__all__ = ["Sending", "Wire"]
+
+
+class Sending:
+    """A bucket under way."""
+
+    __slots__ = ("_arrived", "_handles")
+
+    def __init__(self, handles: list[Handle], arrived: Callable[[], None] | None = None) -> None:
+        self._handles = handles
+        self._arrived = arrived
+
+    def wait(self, engine: Engine) -> None:
+        """Until the bucket holds the result; raises what the exchange raised."""
+        for handle in self._handles:
+            engine.wait(handle)
+        if self._arrived is not None:
+            self._arrived()
+
+
+class Wire:
+    """``predivide`` is what gradients are divided by before the sum; the rest of an average comes after it."""
+
+    def __init__(self, lane: Lane, compression: Any, *, average: bool, predivide: float, segment_nbytes: int) -> None:
+        self._lane = lane
+        self._compression = compression
+        self._prescale = 1.0 / predivide
+        self._scale = predivide / lane.link.size if average else 1.0
+        self._segment_nbytes = segment_nbytes
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the compressor is the user's, which gets each gradient by itself and in its own shape."""
+        return self._compression not in (Compression.none, FP16Compressor, BF16Compressor)
+
+    def launch(self, name: str, bucket: Bucket, factor: float = 1.0) -> Sending:
+        """Reduce ``factor`` times the bucket over the members."""
+        if self._prescale * factor != 1.0:
+            bucket.flat.mul_(self._prescale * factor)
+        if self._compression is Compression.none:
+            return Sending([self._reduce(name, bucket.flat)])
+        if self.is_own:
+            return self._launch_own(name, bucket)
+        packed, context = self._compression.compress(bucket.flat)
+        if context is None:
+            return Sending([self._reduce(name, bucket.flat)])
+
+        def arrived() -> None:
+            bucket.flat.copy_(packed)
+
+        return Sending([self._reduce(name, packed)], arrived)
+
+    def _launch_own(self, name: str, bucket: Bucket) -> Sending:
+        (view,) = bucket.views
+        packed, context = self._compression.compress(view)
+        flat = packed.contiguous().view(-1)
+        handles = [self._reduce(name, flat), self._reduce(f"{name}, flags", bucket.tail)]
+
+        def arrived() -> None:
+            view.copy_(self._compression.decompress(flat.view(packed.shape), context))
+
+        return Sending(handles, arrived)
+
+    def _reduce(self, name: str, flat: torch.Tensor) -> Handle:
+        scale, segment = self._scale, self._segment_nbytes
+
+        def start(link: Link, tag: int) -> Steps:
+            return through_host(flat, lambda host: select.allreduce(link, host, ReduceOp.SUM, tag, scale, segment))
+
+        return self._lane.launch(name, start)
