@@ -1,0 +1,1 @@
+"""The directory that a run of ``python -m mpiddp.as_horovod`` has first on its PYTHONPATH."""
