@@ -3,44 +3,23 @@
 Start it with ``mpirun -np 8 python train.py``; the names are those of Horovod's PyTorch API. See README.md.
 """
 
+# The public names are those in the ``__all__`` of the modules below.
+# ruff: noqa: F403, F405
+
 from __future__ import annotations
 
-from .errors import (
-    CollectiveError,
-    ConfigError,
-    DuplicateNameError,
-    LaunchError,
-    MismatchError,
-    MpiddpError,
-    NotInitializedError,
-    RankLeftError,
-    StallError,
-    WorkerProcessError,
-)
-from .functions import allgather_object, broadcast_object, broadcast_optimizer_state, broadcast_parameters
+from . import built, elastic, errors, functions, ops
+from .built import *
+from .compression import Compression
+from .errors import *
+from .functions import *
 from .metrics import mean
-from .ops import (
-    Average,
-    Max,
-    Min,
-    Product,
-    Sum,
-    allgather,
-    allgather_async,
-    allreduce,
-    allreduce_,
-    allreduce_async,
-    allreduce_async_,
-    barrier,
-    broadcast,
-    broadcast_,
-    broadcast_async,
-    broadcast_async_,
-    poll,
-    synchronize,
-)
+from .ops import *
 from .optimizer import DistributedOptimizer
+from .process_set import ProcessSet, global_process_set
+from .recording import start_timeline, stop_timeline
 from .runtime import (
+    add_process_set,
     cross_rank,
     cross_size,
     init,
@@ -49,57 +28,43 @@ from .runtime import (
     local_rank,
     local_size,
     rank,
+    remove_process_set,
     shutdown,
     size,
 )
 from .sampler import ShardSampler
+from .sync_batch_norm import SyncBatchNorm
 from .version import __version__
 
+HorovodInternalError = CollectiveError
+
 __all__ = [
-    "Average",
-    "CollectiveError",
-    "ConfigError",
+    *built.__all__,
+    *errors.__all__,
+    *functions.__all__,
+    *ops.__all__,
+    "Compression",
     "DistributedOptimizer",
-    "DuplicateNameError",
-    "LaunchError",
-    "Max",
-    "Min",
-    "MismatchError",
-    "MpiddpError",
-    "NotInitializedError",
-    "Product",
-    "RankLeftError",
+    "HorovodInternalError",
+    "ProcessSet",
     "ShardSampler",
-    "StallError",
-    "Sum",
-    "WorkerProcessError",
+    "SyncBatchNorm",
     "__version__",
-    "allgather",
-    "allgather_async",
-    "allgather_object",
-    "allreduce",
-    "allreduce_",
-    "allreduce_async",
-    "allreduce_async_",
-    "barrier",
-    "broadcast",
-    "broadcast_",
-    "broadcast_async",
-    "broadcast_async_",
-    "broadcast_object",
-    "broadcast_optimizer_state",
-    "broadcast_parameters",
+    "add_process_set",
     "cross_rank",
     "cross_size",
+    "elastic",
+    "global_process_set",
     "init",
     "is_homogeneous",
     "is_initialized",
     "local_rank",
     "local_size",
     "mean",
-    "poll",
     "rank",
+    "remove_process_set",
     "shutdown",
     "size",
-    "synchronize",
+    "start_timeline",
+    "stop_timeline",
 ]

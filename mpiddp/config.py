@@ -36,7 +36,6 @@ class Config:
     timeline: str = ""
     timeline_mark_cycles: bool = False
     log_level: str = "INFO"
-    algorithm: str = ""
 
     #: Fields that may differ between ranks; all the others are agreed by init().
     LOCAL = frozenset({"log_level"})
@@ -181,7 +180,6 @@ VARIABLES: tuple[Variable, ...] = (
         (("HOROVOD_TIMELINE_MARK_CYCLES", 1),),
     ),
     Variable("MPIDDP_LOG_LEVEL", "log_level", _level, "level of the logger", (("HOROVOD_LOG_LEVEL", 1),)),
-    Variable("MPIDDP_ALGORITHM", "algorithm", str, "force one all-reduce algorithm, for experiments"),
 )
 
 

@@ -10,15 +10,17 @@ import atexit
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from . import agreement, binding, config, failure, launch, log, worker
-from .collectives import tree
 from .config import Config
-from .engine import Channel, Engine
-from .engine.progress import Lane
-from .errors import LaunchError, NotInitializedError, WorkerProcessError
+from .engine import Channel, Engine, Presence
+from .errors import ArgumentError, LaunchError, NotInitializedError, WorkerProcessError
 from .log import logger
+from .process_set import ProcessSet
+from .sets import ProcessSets
+from .timeline import Timeline, mark_ranges
 from .transport.control import MpiPort
 from .transport.host import HostLink
 from .worker import Topology
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Runtime",
+    "add_process_set",
     "cross_rank",
     "cross_size",
     "current",
@@ -38,6 +41,7 @@ __all__ = [
     "local_rank",
     "local_size",
     "rank",
+    "remove_process_set",
     "shutdown",
     "size",
 ]
@@ -53,7 +57,12 @@ class Runtime:
     topology: Topology
     engine: Engine
     channel: Channel
-    farewell: Lane
+    sets: ProcessSets
+    timeline: Timeline
+
+    def channels(self) -> list[Channel]:
+        """Those of all process sets that this rank belongs to, the world's first."""
+        return list(self.engine.channels)
 
     def __repr__(self) -> str:
         return f"Runtime({self.world!r}, {self.engine!r})"
@@ -63,12 +72,16 @@ _runtime: Runtime | None = None
 _child: Topology | None = None
 
 
-def init(comm: MPI.Intracomm | Sequence[int] | None = None) -> None:
+def init(
+    comm: MPI.Intracomm | Sequence[int] | None = None,
+    process_sets: Sequence[ProcessSet] | str | None = None,
+) -> None:
     """Start the library: start MPI if need be, find out who is where, agree on the settings. Collective.
 
     ``comm``: the ranks that take part: an mpi4py communicator (duplicated, never used itself), a list of world ranks,
-    or None for all. A second call does nothing; after ``shutdown()`` it starts anew. In a child process of a rank (a
-    DataLoader worker, say) it starts no MPI: ``rank()`` and ``size()`` answer as in the parent there.
+    or None for all. ``process_sets``: those to add at once; or "dynamic", which is accepted and changes nothing, since
+    sets can always be added. A second call does nothing; after ``shutdown()`` it starts anew. In a child process of a
+    rank (a DataLoader worker, say) it starts no MPI: ``rank()`` and ``size()`` answer as in the parent there.
 
     Raises :class:`LaunchError` when the launcher started several ranks and MPI knows of one, or when MPI is not usable;
     :class:`ConfigError` for an unknown or malformed setting.
@@ -80,6 +93,8 @@ def init(comm: MPI.Intracomm | Sequence[int] | None = None) -> None:
     if inherited is not None:
         _child = inherited
         return
+    if isinstance(process_sets, str) and process_sets.lower() != "dynamic":
+        raise ArgumentError(f"process_sets={process_sets!r} is neither a list of process sets nor 'dynamic'")
     settings = Config.from_environ(config.environ())
     log.configure(settings.log_level)
     started = launch.detect(config.environ())
@@ -95,14 +110,26 @@ def init(comm: MPI.Intracomm | Sequence[int] | None = None) -> None:
     launch.after_mpi(config.environ())
     _say(world, prepared.lost, started.kind)
     engine = Engine(world.thread_level, settings.progress_interval_ms / 1000, failure.act_on_pending)
+    engine.observe(Presence.on_node(world.node_comm, world.rank), settings.stall_warn_s, settings.stall_abort_s)
     channel = Channel(
-        HostLink(world.comm), MpiPort(world.comm), int(settings.fusion_mb * config.MIB), settings.segment_kb << 10
+        HostLink(world.comm),
+        MpiPort(world.comm),
+        range(world.size),
+        int(settings.fusion_mb * config.MIB),
+        settings.segment_kb << 10,
     )
-    engine.channels.append(channel)
-    _runtime = Runtime(os.getpid(), settings, world, topology, engine, channel, engine.lane(channel))
+    engine.add(channel)
+    sets = ProcessSets(world, settings, engine, channel)
+    timeline = Timeline(engine, channel, world.host, settings.exit_timeout_s)
+    _runtime = Runtime(os.getpid(), settings, world, topology, engine, channel, sets, timeline)
     failure.install(world.rank, world.size, mpi.COMM_WORLD.Abort, engine.is_pushing)
     atexit.register(_at_exit)
     logger.debug("%r", _runtime)
+    mark_ranges(config.environ())
+    if settings.timeline:
+        timeline.start(settings.timeline, settings.timeline_mark_cycles)
+    for process_set in process_sets if process_sets and not isinstance(process_sets, str) else ():
+        sets.add(process_set)
 
 
 def _start_mpi() -> Any:
@@ -169,20 +196,26 @@ def _stop(free: bool) -> None:
     together = False
     if not MPI.Is_finalized() and runtime.engine.may_push():
         together = _farewell(runtime)
+    runtime.engine.presence.close()
     runtime.engine.stop(NotInitializedError("mpiddp was shut down; call mpiddp.init() again"))
     _runtime = None
+    runtime.sets.forget(free=together and free)
     if together and free:
         runtime.world.free()
     log.bind(None, runtime.world.host)
 
 
 def _farewell(runtime: Runtime) -> bool:
-    """Drain, then meet the others; False if some did not come within the bound."""
-    engine, bound_s = runtime.engine, runtime.config.exit_timeout_s
-    engine.wait_until(lambda: not engine.pending(), "the end", bound_s)
-    goodbye = runtime.farewell.launch("farewell", tree.barrier)
-    engine.wait_until(lambda: goodbye.done, "farewell", bound_s)
-    return goodbye.done and goodbye.error is None
+    """Tell the others at once, finish what is in flight, wait for them to leave too; False if some are not in time."""
+    engine, channels, bound_s = runtime.engine, runtime.channels(), runtime.config.exit_timeout_s
+    runtime.timeline.finish()
+    steps = max(channel.steps for channel in channels)
+    for channel in channels:
+        engine.alone(partial(channel.leave, steps))
+    together = engine.wait_until(lambda: all(c.is_over() for c in channels), "the other ranks' end", bound_s)
+    for channel in () if together else channels:
+        channel.give_up()
+    return together and all(channel.departures.everybody for channel in channels)
 
 
 def is_initialized() -> bool:
@@ -250,3 +283,17 @@ def cross_size() -> int:
 def is_homogeneous() -> bool:
     """Whether every node has the same number of ranks."""
     return _who().is_homogeneous
+
+
+def add_process_set(process_set: ProcessSet | Sequence[int]) -> ProcessSet:
+    """Make a process set usable, given as such or by its ranks. Collective over all ranks, members or not.
+
+    Raises ArgumentError (a ValueError) if it exists already or has ranks outside the world, MismatchError if ranks add
+    different sets.
+    """
+    return current().sets.add(process_set)
+
+
+def remove_process_set(process_set: ProcessSet) -> bool:
+    """Forget a process set. Collective over all ranks; False if it was not added, or is the world's own."""
+    return current().sets.remove(process_set)

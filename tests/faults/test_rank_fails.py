@@ -51,6 +51,7 @@ def test_uncaught_exception(mpirun: Any, others: str) -> None:
     assert "rank 0 of 3" not in done.output and "rank 2 of 3" not in done.output, "the others have nothing to say"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fail", "code", "words"),
     [
@@ -68,6 +69,7 @@ def test_other_ends(mpirun: Any, fail: str, code: int, words: str) -> None:
     assert words in done.output and "rank 1 of 3 on host " in done.output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_one_rank_is_killed_from_outside(mpirun: Any, number: signal.Signals) -> None:
     fail = f"os.kill(os.getpid(), signal.{number.name}); time.sleep(40)"
@@ -77,6 +79,7 @@ def test_one_rank_is_killed_from_outside(mpirun: Any, number: signal.Signals) ->
         assert done.rc == 143, done
 
 
+@pytest.mark.slow
 def test_what_is_caught_ends_nothing(mpirun: Any) -> None:
     script = """
         import sys
@@ -100,12 +103,14 @@ def test_exceptions_on_all_ranks_at_once(mpirun: Any) -> None:
     assert "ValueError: everywhere" in done.output and "of 3 on host" in done.output
 
 
+@pytest.mark.slow
 def test_a_world_of_one_ends_as_python_does(mpirun: Any) -> None:
     script = "import mpiddp; mpiddp.init(); raise ValueError('alone')"
     done = mpirun(script, 0, expect=1)
     assert "ValueError: alone" in done.stderr and "the job ends" not in done.output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_launcher_is_told_to_end(mpirun: Any, number: signal.Signals) -> None:
     script = """
