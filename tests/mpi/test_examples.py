@@ -56,7 +56,9 @@ def test_minimal(mpirun, n):
 
 
 @needs_sklearn
-@pytest.mark.parametrize("n", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    "n", [pytest.param(1, marks=pytest.mark.slow), 2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))]
+)
 def test_digits_reaches_the_accuracy_at_any_size(mpirun, n):
     done = mpirun([DIGITS], n, timeout_s=120)
     assert accuracy(done.stdout) >= 0.97, done
@@ -66,6 +68,7 @@ def test_digits_reaches_the_accuracy_at_any_size(mpirun, n):
     assert re.search(rf"^\d+ samples/s on {n} ranks", done.stdout, re.MULTILINE)
 
 
+@pytest.mark.slow
 @needs_sklearn
 def test_digits_tests_one_checkpoint_alike_at_any_size(mpirun, tmp_path):
     checkpoint = tmp_path / "digits.pt"
@@ -77,6 +80,7 @@ def test_digits_tests_one_checkpoint_alike_at_any_size(mpirun, tmp_path):
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["digits.pt"]
 
 
+@pytest.mark.slow
 @needs_sklearn
 def test_digits_killed_and_resumed_ends_where_it_would_have(mpirun, tmp_path):
     straight, broken = tmp_path / "straight.pt", tmp_path / "broken.pt"
@@ -102,6 +106,7 @@ def test_digits_says_what_resume_needs(mpirun):
     assert "need --checkpoint" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_gpt(mpirun, amp):
     done = mpirun([GPT, *SMALL_GPT, *SAMPLE, "--amp", amp], 2)
@@ -110,6 +115,7 @@ def test_gpt(mpirun, amp):
     assert "--- it writes:" in done.stdout
 
 
+@pytest.mark.slow
 def test_gpt_alone_and_resumed_at_another_size(mpirun, tmp_path):
     checkpoint = tmp_path / "gpt.pt"
     mpirun([GPT, *SMALL_GPT, "--checkpoint", checkpoint, "--sample", "0"], 0)

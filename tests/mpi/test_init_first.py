@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 
 def test_init_sets_what_open_mpi_reads_at_its_start(mpirun: Any) -> None:
     script = """

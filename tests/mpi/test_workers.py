@@ -81,6 +81,7 @@ def test_data_loader(mpirun: Any, folder: Path, method: str) -> None:
     assert done.stdout.count("refused:") == 2 and "DataLoader worker" in done.stdout, done
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_mpi_in_a_worker_is_a_world_of_one(mpirun: Any, folder: Path, method: str) -> None:
     source = f"""
@@ -98,6 +99,7 @@ def test_mpi_in_a_worker_is_a_world_of_one(mpirun: Any, folder: Path, method: st
     assert mpirun(script(folder, source), 2, timeout_s=120).stdout.count("done") == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_a_script_that_calls_init_above_its_main_guard(mpirun: Any, folder: Path, method: str) -> None:
     """A new worker runs the script's top level again: init() there takes the parent's word and starts no MPI."""
@@ -164,6 +166,7 @@ def test_a_worker_that_is_terminated(mpirun: Any, folder: Path) -> None:
     assert done.stdout.count("done") == 2 and "the job ends" not in done.output, done
 
 
+@pytest.mark.slow
 def test_a_loader_that_is_left_in_the_middle(mpirun: Any, folder: Path) -> None:
     """An iterator that is dropped terminates its workers."""
     source = """
@@ -183,6 +186,7 @@ def test_a_loader_that_is_left_in_the_middle(mpirun: Any, folder: Path) -> None:
     assert mpirun(script(folder, source), 2, timeout_s=120).stdout.count("done") == 2
 
 
+@pytest.mark.slow
 def test_a_plain_subprocess_is_a_world_of_one(mpirun: Any, folder: Path) -> None:
     evaluate = folder / "evaluate.py"
     evaluate.write_text("import mpiddp\nmpiddp.init()\nprint('evaluates', mpiddp.rank(), mpiddp.size())\n")

@@ -92,6 +92,7 @@ def test_part_of_the_ranks(world: Any) -> None:
     world.init()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", ["single", "funneled", "serialized", "multiple"])
 def test_thread_levels(mpirun: Any, level: str) -> None:
     done = mpirun(f"import mpi4py; mpi4py.rc.thread_level = {level!r}\n" + _flat(PROGRAM), 2)

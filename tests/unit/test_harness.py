@@ -202,6 +202,7 @@ def run_tests(request: pytest.FixtureRequest, tmp_path: Path):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("mpirun")
 def test_outcomes_of_every_kind(run_tests) -> None:
     outcomes, shown = run_tests(TESTS_OF_ALL_KINDS)
@@ -256,6 +257,7 @@ def test_plain():
         (["test_it.py::test_b", "test_it.py::test_a[np2]", "-x"], {"test_b[np2]": "failure"}),
     ],
 )
+@pytest.mark.slow
 def test_selection(run_tests, arguments: list[str], ran: dict[str, str]) -> None:
     outcomes, shown = run_tests(SELECTION, *arguments)
     assert outcomes == ran, shown
@@ -273,6 +275,7 @@ def test_it():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("mpirun")
 def test_a_bad_exit_after_passing_tests_is_an_error(run_tests) -> None:
     outcomes, shown = run_tests(BAD_EXIT)
@@ -280,6 +283,7 @@ def test_a_bad_exit_after_passing_tests_is_an_error(run_tests) -> None:
     assert "the tests were over, but then the job ended with code 3" in shown
 
 
+@pytest.mark.slow
 def test_mpi_at_the_top_of_a_file_is_refused(run_tests) -> None:
     outcomes, shown = run_tests("from mpi4py import MPI\n")
     assert "import mpi4py.MPI inside the test" in shown and list(outcomes.values()) == ["error"]
@@ -301,6 +305,7 @@ def test_mpirun_reports_code_output_and_environment(mpirun) -> None:
         mpirun(["-c", "raise SystemExit(4)"], 0)
 
 
+@pytest.mark.slow
 def test_a_job_that_hangs_is_ended_whole(mpirun) -> None:
     job = mpirun.start(
         "import signal, time\nsignal.signal(15, signal.SIG_IGN)\nprint('up', flush=True)\ntime.sleep(60)", 2

@@ -14,14 +14,19 @@ PACKAGE = ROOT / "mpiddp"
 # The modules and packages directly under mpiddp/, lowest layer first. The files of the first may import each other.
 LAYERS = (
     {"errors", "config", "dtypes", "log", "processes", "trace", "version"},
-    {"agreement", "binding", "failure", "launch", "worker", "world", "process_set"},
+    {"agreement", "binding", "failure", "launch", "worker", "world"},
     {"memory", "transport"},
     {"collectives", "compression"},
     {"engine", "op"},
+    {"process_set", "timeline"},
+    {"sets"},
     {"runtime"},
-    {"ops"},
-    {"optimizer", "functions", "metrics", "sampler", "sync_batch_norm", "elastic", "backend"},
+    {"built", "ops", "recording"},
+    {"optimizer", "functions", "metrics", "sampler", "sync_batch_norm", "backend"},
+    {"elastic"},
     {"__init__", "__main__", "cli"},
+    {"torch"},
+    {"as_horovod"},
 )
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
 MOST_LINES, MOST_LINES_OF_THE_ROOT = 300, 80
