@@ -73,8 +73,7 @@ class Player:
         """Items of one class keep their order."""
         item = self.item(place)
         if isinstance(item, Cycle):
-            has_joins = self.plan.epochs[0].counts is not None and not self.plan.leaves
-            return ("cycles",) if has_joins else ("cycles", item.team, item.lane)
+            return ("cycles", item.team, item.lane)
         return (item.team, isinstance(item, Group) and item.name is not None, item.name)
 
     def _shuffled(self, places: list[_Place]) -> list[_Place]:
@@ -179,10 +178,14 @@ class Player:
             request = Request("mpiddp.join", Signature(int(Kind.JOIN)), torch.empty(0), extent=(channel.unnamed,))
             requests.append(self.world.submit(self.rank, channel, request))
         self.joins.append(requests)
+        lanes = [lane for channel in channels for lane in channel.lanes]
+        serving: dict[Lane, Program] = {}
         while not all(request.done for request in requests):
-            for lane in [lane for channel in channels for lane in channel.lanes]:
-                while lane.cycle < lane.wanted_cycle:
-                    yield from self._mirror(lane)
+            for lane in lanes:
+                if lane not in serving and lane.cycle < lane.wanted_cycle:
+                    serving[lane] = self._mirror(lane)
+                if lane in serving and next(serving[lane], None) is None:
+                    del serving[lane]
             yield False
 
     def _mirror(self, lane: Lane) -> Program:

@@ -202,9 +202,8 @@ class StallCheck:
         )
         if waited_s >= too_late_s:
             stall.give_up = lambda text: _fail([request for _, request in late], text)
-        if (
-            waited_s >= self._first_s + 2 * self._interval_s + _HEARING_S
-        ):  # the coordinator would have reported it by now
+        reported_s = self._first_s + 2 * self._interval_s + _HEARING_S  # by now, by a coordinator that has heard of it
+        if waited_s >= reported_s:
             yield stall
 
     def _unmoved(self, channel: Channel, ages: dict[Any, tuple[Any, float]], now: float) -> Iterator[Stall]:

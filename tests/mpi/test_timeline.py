@@ -129,8 +129,8 @@ def test_the_profiler_shows_the_spans(world: Any) -> None:
 def test_an_unfinished_timeline_is_written_at_the_end(mpirun: Any, tmp_path: Path) -> None:
     script = (
         "import torch\nimport mpiddp as hvd\nhvd.init()\n"
-        "for i in range(4):\n    hvd.allreduce(torch.ones(3), name=f't{i}')\n"
         "if hvd.rank() == 1:\n    hvd.allreduce_async(torch.ones(3), name='never')\n"
+        "for i in range(4):\n    hvd.allreduce(torch.ones(3), name=f't{i}')\n"
     )
     for variable, size in (("MPIDDP_TIMELINE", 3), ("HOROVOD_TIMELINE", 1)):
         path = tmp_path / f"{variable}.json"
