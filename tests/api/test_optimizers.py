@@ -141,6 +141,7 @@ def test_a_compiled_model(world: Any, whole_step: bool) -> None:
     compile_and_train(world, "aot_eager", whole_step)
 
 
+@pytest.mark.slow
 @pytest.mark.ranks(2, timeout_s=300)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_a_model_compiled_by_inductor(world: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:

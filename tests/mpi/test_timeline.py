@@ -126,6 +126,7 @@ def test_the_profiler_shows_the_spans(world: Any) -> None:
     assert any(name.startswith("mpiddp::exchange x") for name in names)
 
 
+@pytest.mark.slow
 def test_an_unfinished_timeline_is_written_at_the_end(mpirun: Any, tmp_path: Path) -> None:
     script = (
         "import torch\nimport mpiddp as hvd\nhvd.init()\n"
@@ -142,6 +143,7 @@ def test_an_unfinished_timeline_is_written_at_the_end(mpirun: Any, tmp_path: Pat
             assert found[1]["never"][0]["args"] == {"unfinished": True}
 
 
+@pytest.mark.slow
 def test_nobody_waits_for_ranks_that_do_not_come(mpirun: Any, tmp_path: Path) -> None:
     """Rank 0 is deaf while rank 1 ends: rank 1's part is in a file of its own."""
     script = (

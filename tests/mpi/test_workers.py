@@ -74,7 +74,9 @@ def script(folder: Path, source: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize(
+    "method", ["fork", *(pytest.param(method, marks=pytest.mark.slow) for method in ("spawn", "forkserver"))]
+)
 def test_data_loader(mpirun: Any, folder: Path, method: str) -> None:
     done = mpirun([str(script(folder, LOADS)), method], 2, timeout_s=120)
     assert done.stdout.count("done") == 2, done
@@ -128,6 +130,7 @@ def test_a_script_that_calls_init_above_its_main_guard(mpirun: Any, folder: Path
     assert mpirun(script(folder, source), 2, timeout_s=120).stdout.count("done") == 2
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_terminated(mpirun: Any, folder: Path) -> None:
     """Neither the job nor the rank: what init() has installed acts in the process that called it alone."""
     source = """
