@@ -85,7 +85,7 @@ class Coordinator:
         number, index, automatic, extent, payload = item[:5]
         name, signature = table[index]
         key = automatic if name is None else name
-        if self._answer_late(member, key, number, signature):
+        if (self._given_up or self._groups.some_failed) and self._answer_late(member, key, number, signature):
             return  # although others may have submitted the name anew
         record = self.announced.get(key)
         if record is None:

@@ -86,6 +86,11 @@ class Groups:
         self._failed.update({place: (count, error) for place, count in to_come.items() if count})
         return list(doomed.items())
 
+    @property
+    def some_failed(self) -> bool:
+        """Whether a part of a group that has failed is still to come."""
+        return bool(self._failed)
+
     def late(self, member: int, key: Key, signature: Signature) -> _Error | None:
         """The error of a request whose group has failed already."""
         name = group_of(key, signature) if self._failed else None

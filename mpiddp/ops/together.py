@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from threading import Thread
+
 import torch
 
 from .. import runtime
-from ..engine import Kind
+from ..engine import Engine, Kind, Lane
 from ..process_set import ProcessSet, global_process_set
 from .submit import channel_of, submit, wait_for
 
@@ -39,15 +42,48 @@ def join(device: int = -1) -> int:
     def is_over() -> bool:
         return all(request.done for request in requests) or any(request.error is not None for request in requests)
 
-    def is_needed() -> bool:
-        return any(lane.cycle < lane.wanted_cycle for channel in channels for lane in channel.lanes)
-
-    while not is_over():
-        here.engine.wait_until(lambda: is_over() or is_needed(), "the other ranks' join")
-        for channel in channels:
-            for lane in channel.lanes:
-                lane.serve_joined()
+    lanes = [lane for channel in channels for lane in channel.lanes]
+    if len(lanes) > 1 and here.world.thread_level in ("serialized", "multiple"):
+        _serve_at_once(here.engine, lanes, is_over)
+    else:
+        _serve(here.engine, lanes, is_over)
     for request in requests:
         if request.error is not None:
             raise request.error
     return int(requests[0].result)
+
+
+def _serve(engine: Engine, lanes: Sequence[Lane], is_over: Callable[[], bool]) -> None:
+    """Until the join is over, take part with zeros in what others do in ``lanes``, in one after the other."""
+
+    def is_needed() -> bool:
+        return any(lane.cycle < lane.wanted_cycle for lane in lanes)
+
+    while not is_over():
+        engine.wait_until(lambda: is_over() or is_needed(), "the other ranks' join")
+        for lane in lanes:
+            lane.serve_joined()
+
+
+def _serve_at_once(engine: Engine, lanes: Sequence[Lane], is_over: Callable[[], bool]) -> None:
+    """Serve each lane in a thread of its own: a rank that is waited for in one may itself wait in another, as when two
+    optimizers share a backward."""
+    failed: list[Exception] = []
+
+    def is_done() -> bool:
+        return bool(failed) or is_over()
+
+    def serve(lane: Lane) -> None:
+        try:
+            _serve(engine, [lane], is_done)
+        except Exception as error:
+            failed.append(error)
+
+    threads = [Thread(target=serve, args=(lane,), name=f"mpiddp-{lane!r}", daemon=True) for lane in lanes]
+    for thread in threads:
+        thread.start()
+    engine.wait_until(is_done, "the other ranks' join")
+    if failed:
+        raise failed[0]
+    for thread in threads:
+        thread.join()
