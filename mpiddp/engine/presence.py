@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..memory.shared import HEADER_NBYTES, share
 from . import stack
-from .page import HEADER_NBYTES, share
 from .stack import start_time
 
 __all__ = ["COMPUTING", "LEFT", "WAITING", "Presence", "Seen", "lane_key"]

@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 
-from mpiddp.engine import Presence, page, stack
-from mpiddp.engine.page import HEADER_NBYTES
+from mpiddp.engine import Presence, stack
 from mpiddp.engine.presence import LEFT, WAITING
 from mpiddp.engine.stall import StallCheck
 from mpiddp.errors import StallError
+from mpiddp.memory import shared as page
+from mpiddp.memory.shared import HEADER_NBYTES
 from mpiddp.transport.base import Steps
 from tests.simulated_world import World
 
