@@ -23,6 +23,9 @@ import mpiddp
 
 SIZES = (4, 256, 1024, 4096, 16384, 65536)
 
+#: Small calls that are timed together.
+CALLS = 20
+
 
 def timed(run: Callable[[], object]) -> float:
     """Seconds that one call takes."""
@@ -31,12 +34,18 @@ def timed(run: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def interleaved(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """The median time of each, in seconds, the largest over the ranks; each round runs all of them once."""
+def interleaved(runs: dict[str, Callable[[], object]], rounds: int, calls: int = 1) -> dict[str, float]:
+    """The median time of a call of each, in seconds, the largest over the ranks.
+
+    Each round runs all of them, one after the other, so many calls together: a single call would be charged with the
+    threads that the one before it left behind, and with how far apart that left the ranks.
+    """
     times: dict[str, list[float]] = {name: [] for name in runs}
     for round_number in range(rounds + rounds // 10 + 1):
         for name, run in runs.items():
-            seconds = timed(run)
+            if calls > 1:
+                run()
+            seconds = timed(lambda run=run: [run() for _ in range(calls)]) / calls  # type: ignore[misc]
             if round_number > rounds // 10:
                 times[name].append(seconds)
     medians = torch.tensor([statistics.median(values) for values in times.values()], dtype=torch.float64)
@@ -59,7 +68,7 @@ def latency(rounds: int) -> None:
         def own(tensor: torch.Tensor = tensor) -> None:
             mpiddp.allreduce_(tensor)
 
-        found = interleaved({"mpiddp": own, "gloo": gloo}, rounds)
+        found = interleaved({"mpiddp": own, "gloo": gloo}, max(1, rounds // CALLS), CALLS)
         say(
             f"{nbytes:>18} B {found['mpiddp'] * 1e6:>7.1f} us {found['gloo'] * 1e6:>7.1f} us "
             f"{found['gloo'] / found['mpiddp']:>12.1f}"

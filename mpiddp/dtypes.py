@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = ["BOOLEAN", "INTEGERS", "REDUCIBLE", "SIXTEEN_BIT", "check", "dtype_called", "name_of", "scale_"]
 
@@ -52,4 +55,17 @@ def scale_(flat: torch.Tensor, factor: float) -> torch.Tensor:
         if divisor and factor == 1 / divisor:
             return torch.div(flat, divisor, rounding_mode="trunc", out=flat)
         return flat.copy_(flat.to(torch.float64).mul_(factor).trunc_())
+    if flat.dtype in _SAME_PRECISION:
+        return flat.mul_(_factor(factor, flat.dtype))
     return flat.mul_(factor)
+
+
+#: Those that torch multiplies by a tensor of the same dtype as by a Python number.
+_SAME_PRECISION = (torch.float32, torch.float64)
+
+
+@functools.lru_cache(maxsize=256)
+def _factor(factor: float, dtype: torch.dtype) -> torch.Tensor:
+    """The factor as a 0-d tensor, which torch takes in 0.8 us, a Python number in 1.9 us."""
+    with torch.inference_mode(False), _disable_current_modes():
+        return torch.tensor(factor, dtype=dtype, device="cpu")

@@ -1,7 +1,8 @@
 """``init`` and ``shutdown``, and who this process is. The only global state of the library.
 
-State: ``_runtime``, set by ``init()`` and cleared by ``shutdown()``, both in the thread that calls them; ``_child``,
-the topology that a child process has from its parent. Everything acts only in the process that called ``init()``.
+State: ``_runtime`` and ``_usable``, set by ``init()`` and cleared by ``shutdown()``, both in the thread that calls
+them, and ``_usable`` in a forked child, too; ``_child``, the topology that a child process has from its parent.
+Everything acts only in the process that called ``init()``.
 """
 
 from __future__ import annotations
@@ -9,22 +10,22 @@ from __future__ import annotations
 import atexit
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from . import agreement, binding, config, failure, launch, log, worker
 from .config import Config
 from .engine import Channel, Engine, Presence
-from .errors import ArgumentError, LaunchError, NotInitializedError, WorkerProcessError
+from .errors import ArgumentError, NotInitializedError, WorkerProcessError
 from .log import logger
 from .process_set import ProcessSet
 from .sets import ProcessSets
 from .timeline import Timeline, mark_ranges
-from .transport.control import MpiPort
 from .transport.host import HostLink
+from .transport.mailbox import control_port
 from .worker import Topology
-from .world import World
+from .world import World, start_mpi
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -69,7 +70,9 @@ class Runtime:
 
 
 _runtime: Runtime | None = None
+_usable: Runtime | None = None  # the same, in the process that called init() alone
 _child: Topology | None = None
+_is_fork_hooked = False
 
 
 def init(
@@ -86,7 +89,7 @@ def init(
     Raises :class:`LaunchError` when the launcher started several ranks and MPI knows of one, or when MPI is not usable;
     :class:`ConfigError` for an unknown or malformed setting.
     """
-    global _runtime, _child
+    global _runtime, _usable, _child
     if _runtime is not None:
         return  # in a forked child too: it answers for its parent and may not communicate
     inherited = worker.inherited(config.environ())
@@ -99,7 +102,7 @@ def init(
     log.configure(settings.log_level)
     started = launch.detect(config.environ())
     prepared = launch.before_mpi(settings)
-    mpi = _start_mpi()
+    mpi = start_mpi()
     library = mpi.Get_library_version().split("\n")[0].split(",")[0].strip("\0 ")
     launch.check_size(started, mpi.COMM_WORLD.Get_size(), config.environ(), library)
     world = World.over(comm)
@@ -113,7 +116,7 @@ def init(
     engine.observe(Presence.on_node(world.node_comm, world.rank), settings.stall_warn_s, settings.stall_abort_s)
     channel = Channel(
         HostLink(world.comm),
-        MpiPort(world.comm),
+        control_port(world.comm, world.node_comm),
         range(world.size),
         int(settings.fusion_mb * config.MIB),
         settings.segment_kb << 10,
@@ -121,7 +124,8 @@ def init(
     engine.add(channel)
     sets = ProcessSets(world, settings, engine, channel)
     timeline = Timeline(engine, channel, world.host, settings.exit_timeout_s)
-    _runtime = Runtime(os.getpid(), settings, world, topology, engine, channel, sets, timeline)
+    _runtime = _usable = Runtime(os.getpid(), settings, world, topology, engine, channel, sets, timeline)
+    _hook_fork()
     failure.install(world.rank, world.size, mpi.COMM_WORLD.Abort, engine.is_pushing)
     atexit.register(_at_exit)
     logger.debug("%r", _runtime)
@@ -132,31 +136,8 @@ def init(
         sets.add(process_set)
 
 
-def _start_mpi() -> Any:
-    from mpi4py import MPI
-
-    if MPI.Is_finalized():
-        raise LaunchError(
-            "MPI has been finalized and cannot be started again in one process; call mpiddp.init() before that"
-        )
-    if not MPI.Is_initialized():
-        raise LaunchError(
-            "MPI is not started: mpi4py.rc.initialize is False, so call MPI.Init_thread() before mpiddp.init(), "
-            "or leave it True"
-        )
-    return MPI
-
-
 def _topology(world: World) -> Topology:
-    return Topology(
-        world.rank,
-        world.size,
-        world.local_rank,
-        world.local_size,
-        world.cross_rank,
-        world.cross_size,
-        world.is_homogeneous,
-    )
+    return Topology(*(getattr(world, field.name) for field in fields(Topology)))
 
 
 def _say(world: World, lost: str | None, kind: str) -> None:
@@ -184,7 +165,7 @@ def _at_exit() -> None:
 
 
 def _stop(free: bool) -> None:
-    global _runtime
+    global _runtime, _usable
     runtime = _runtime
     if runtime is None or worker.in_child(runtime.pid):
         return
@@ -198,7 +179,7 @@ def _stop(free: bool) -> None:
         together = _farewell(runtime)
     runtime.engine.presence.close()
     runtime.engine.stop(NotInitializedError("mpiddp was shut down; call mpiddp.init() again"))
-    _runtime = None
+    _runtime = _usable = None
     runtime.sets.forget(free=together and free)
     if together and free:
         runtime.world.free()
@@ -225,13 +206,23 @@ def is_initialized() -> bool:
 
 def current() -> Runtime:
     """The runtime, for whoever communicates; raises where that is not possible."""
-    if _runtime is None:
-        if _child is not None or worker.inherited(config.environ()) is not None:
-            raise _in_child()
-        raise NotInitializedError("mpiddp is not initialized: call mpiddp.init() first")
-    if worker.in_child(_runtime.pid):
+    if _usable is not None:
+        return _usable
+    if _runtime is not None or _child is not None or worker.inherited(config.environ()) is not None:
         raise _in_child()
-    return _runtime
+    raise NotInitializedError("mpiddp is not initialized: call mpiddp.init() first")
+
+
+def _hook_fork() -> None:
+    global _is_fork_hooked
+    if not _is_fork_hooked:
+        os.register_at_fork(after_in_child=_forget_in_child)
+        _is_fork_hooked = True
+
+
+def _forget_in_child() -> None:
+    global _usable
+    _usable = None
 
 
 def _in_child() -> WorkerProcessError:

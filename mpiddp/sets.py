@@ -12,8 +12,8 @@ from .config import Config
 from .engine import Channel, Engine, Kind, Request, Signature
 from .errors import ArgumentError
 from .process_set import ProcessSet, global_process_set
-from .transport.control import MpiPort
 from .transport.host import HostLink
+from .transport.mailbox import control_port
 from .world import World
 
 __all__ = ["ProcessSets"]
@@ -57,13 +57,18 @@ class ProcessSets:
         return process_set
 
     def _open(self, process_set: ProcessSet) -> None:
+        from mpi4py import MPI
+
         number, ranks = process_set.process_set_id, process_set.ranks
         assert number is not None
         # Collective over the members alone; the tag keeps sets apart that are made at the same time.
         comm = self._world.comm.Create_group(self._world.comm.group.Incl(ranks), tag=number % 32768)
+        node_comm: Any = comm.Split_type(MPI.COMM_TYPE_SHARED, key=comm.rank)
+        port = control_port(comm, node_comm)
+        node_comm.Free()
         channel = Channel(
             HostLink(comm),
-            MpiPort(comm),
+            port,
             ranks,
             int(self._settings.fusion_mb * config.MIB),
             self._settings.segment_kb << 10,

@@ -17,7 +17,7 @@ from .errors import LaunchError
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-__all__ = ["THREAD_LEVELS", "World"]
+__all__ = ["THREAD_LEVELS", "World", "start_mpi"]
 
 #: MPI's thread levels by their value; the standard orders them so.
 THREAD_LEVELS = ("single", "funneled", "serialized", "multiple")
@@ -85,6 +85,22 @@ class World:
             f"World(rank {self.rank} of {self.size}, local {self.local_rank} of {self.local_size}, "
             f"node {self.nodes[self.rank]} of {max(self.nodes) + 1}, MPI threads {self.thread_level})"
         )
+
+
+def start_mpi() -> Any:
+    """mpi4py's MPI, started. Raises LaunchError where it is over already, or was not to be started."""
+    from mpi4py import MPI
+
+    if MPI.Is_finalized():
+        raise LaunchError(
+            "MPI has been finalized and cannot be started again in one process; call mpiddp.init() before that"
+        )
+    if not MPI.Is_initialized():
+        raise LaunchError(
+            "MPI is not started: mpi4py.rc.initialize is False, so call MPI.Init_thread() before mpiddp.init(), "
+            "or leave it True"
+        )
+    return MPI
 
 
 def _duplicate(comm: MPI.Intracomm | Sequence[int] | None, mpi: Any) -> MPI.Intracomm:

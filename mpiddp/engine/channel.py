@@ -15,13 +15,14 @@ from .. import trace
 from ..errors import MpiddpError
 from ..transport.base import Link, Steps
 from ..transport.control import Port
-from .coordinator import ERRORS, Coordinator
+from .coordinator import Coordinator
 from .departures import Departures
 from .eager import receive
 from .execute import exchange, phantom
 from .lane import FIRST_TAG, Lane
 from .launches import Launches
 from .member import Member, Run
+from .mismatch import ERRORS
 from .presence import Presence
 from .request import Handle, Kind, Request
 from .running import Running, beginning
@@ -41,6 +42,7 @@ class Channel:
 
     def __init__(self, link: Link, port: Port, ranks: Sequence[int], fusion_nbytes: int, segment_nbytes: int) -> None:
         self.link, self.port, self.ranks = link, port, tuple(ranks)
+        self.where = self.ranks, -1  # of what is negotiated here
         self.names: dict[str, Handle] = {}  # in flight on this rank, or finished and not yet forgotten
         self.unnamed = 0
         self.submitted: deque[Request] = deque()
@@ -66,10 +68,10 @@ class Channel:
     def pending(self) -> bool:
         """Whether this rank waits for anything here."""
         return bool(
-            self.running
+            self.member.waiting
             or self.submitted
+            or self.running
             or self.launches
-            or self.member.waiting
             or self.member.outbox
             or self._starting
             or self.port.leaving
@@ -133,19 +135,18 @@ class Channel:
         self._unheard = _LISTENING
 
     def _take_submitted(self) -> bool:
-        """Announce with the next message what has been submitted; whether that was anything."""
-        any_came = bool(self.submitted)
+        """Announce with the next message what has been submitted; True."""
         while self.submitted:
             request = self.submitted.popleft()
             if self.departures.coordinator_gone:
                 request.fail(self.departures.without_coordinator(request))
             else:
                 self.member.submit(request)
-        return any_came
+        return True
 
     def _negotiate(self) -> bool:
         member, coordinator, port = self.member, self.coordinator, self.port
-        moved = self._take_submitted()
+        moved = self._take_submitted() if self.submitted else False
         if self.departures.coordinator_gone:
             member.outbox.clear()
         if member.outbox:

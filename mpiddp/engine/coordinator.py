@@ -11,19 +11,15 @@ from itertools import groupby
 from typing import Any
 
 from .. import trace
-from ..collectives.base import ReduceOp
-from ..errors import CollectiveError, MismatchError, RankLeftError, StallError
+from ..errors import StallError
 from . import eager
 from .bucket import fuse
 from .groups import Announced, Groups
-from .mismatch import describe
-from .request import Key, Kind, Signature, automatic_name, shown_number
+from .mismatch import problem
+from .request import Key, Kind, Signature, automatic_name
 from .wire import ALL_LEFT, CYCLE, JOINED, LEFT, NEWS, RESET, RUN
 
-__all__ = ["ERRORS", "Announced", "Coordinator"]
-
-#: Errors by the name under which they travel.
-ERRORS = {error.__name__: error for error in (MismatchError, RankLeftError, StallError, CollectiveError)}
+__all__ = ["Coordinator"]
 
 
 class Coordinator:
@@ -82,30 +78,35 @@ class Coordinator:
             table.append((item[5], self._known.setdefault(signature, signature)))
             if len(self._known) > 4 * len(table) + 4096:
                 self._known.clear()
-        number, index, automatic, extent, payload = item[:5]
+            item = item[:5]
+        number, index, automatic, extent, payload = item
         name, signature = table[index]
         key = automatic if name is None else name
-        if (self._given_up or self._groups.some_failed) and self._answer_late(member, key, number, signature):
+        if (self._given_up or self._groups.failed) and self._answer_late(member, key, number, signature):
             return  # although others may have submitted the name anew
         record = self.announced.get(key)
         if record is None:
             record = self.announced[key] = Announced(signature)
+        elif signature is not record.signature and signature != record.signature:
+            record.differs = {**(record.differs or {}), member: signature}
         record.numbers[member] = number
         if trace.active():
             shown = name if name is not None else automatic_name(signature.kind, key)
             trace.instant("rank ready", name=shown, rank=self.ranks[member], ranks=tuple(self.ranks))
         if extent:
+            record.extents = record.extents or {}
             record.extents[member] = extent
         if payload is not None:
+            record.payloads = record.payloads or {}
             record.payloads[member] = payload
-        if signature is not record.signature and signature != record.signature:
-            record.differs[member] = signature
         if signature.kind == Kind.JOIN:
             self.joined.add(member)
             self._just_joined.append(member)
             self._fail_joins()
-        elif len(record.numbers) == self.size or (self.joined or self.left):
+        elif self.joined or self.left:
             self._look(key, record)
+        elif len(record.numbers) == self.size:
+            self._complete(key, record)
 
     def _look(self, key: Key, record: Announced) -> None:
         """Is it ready, now that somebody has submitted, joined or left?"""
@@ -118,12 +119,21 @@ class Coordinator:
             return
         if any(member not in self.joined for member in missing):
             return
+        self._complete(key, record)
+
+    def _complete(self, key: Key, record: Announced) -> None:
+        """Nobody is to come any more."""
         del self.announced[key]
-        self._ready += self._fail_group(key, record) if record.differs else self._groups.gather(key, record)
+        if record.differs:
+            self._ready += self._fail_group(key, record)
+        elif record.signature.group:
+            self._ready += self._groups.gather(key, record)
+        elif record.payloads is None or self.joined or not self._answer_eagerly([record]):
+            self._ready.append((key, record))
 
     def _fail_group(self, key: Key, record: Announced) -> list[tuple[Key, Announced]]:
         """``record`` cannot run, and so nothing of its group does."""
-        error = self._problem(key, record)
+        error = problem(key, record, self.ranks, self.left)
         assert error is not None
         doomed = self._groups.fail(key, record, error, self.announced)
         for other, entry in doomed:
@@ -181,7 +191,7 @@ class Coordinator:
         for key, record in list(self.announced.items()):
             if record.signature.kind == Kind.JOIN and not self.left.keys() <= record.numbers.keys():
                 del self.announced[key]
-                self._run([record], self._problem(key, record))
+                self._run([record], problem(key, record, self.ranks, self.left))
                 self.joined -= record.numbers.keys()
                 self._just_joined.clear()
                 for outbox in self._outboxes:
@@ -190,7 +200,7 @@ class Coordinator:
     # -- what goes out -------------------------------------------------------------------------------------------------
 
     def messages(self) -> Iterable[tuple[int, list[tuple[Any, ...]]]]:
-        """What each member has to be told since the last call."""
+        """What each member has to be told since the last call; member 0, which is here and waits for no message, last."""
         if self._just_joined:
             self._settle_joins()
         if self._ready:
@@ -199,7 +209,7 @@ class Coordinator:
             return []
         trace.instant("cycle")
         outboxes, self._outboxes = self._outboxes, [[] for _ in self.ranks]
-        return [(member, outbox) for member, outbox in enumerate(outboxes) if outbox]
+        return [(member, outboxes[member]) for member in reversed(range(self.size)) if outboxes[member]]
 
     def _settle_joins(self) -> None:
         """Those who joined in one round joined at once: the highest of them counts as the last.
@@ -217,14 +227,17 @@ class Coordinator:
         self.joined.clear()
         for key in [key for key, record in self.announced.items() if record.signature.kind == Kind.JOIN]:
             record = self.announced.pop(key)
-            unnamed = max(extent[0] for extent in record.extents.values())
+            unnamed = max(extent[0] for extent in self._extents(record))
             for member, outbox in enumerate(self._outboxes):
                 outbox.append((RUN, [record.numbers[member]], [(last, unnamed)], None, None))
                 outbox.append((JOINED, False))
 
     def _schedule(self) -> None:
         ready, self._ready = self._ready, []
-        errors = [record.error or self._problem(key, record) for key, record in ready]
+        errors = [
+            None if self._is_sound(record) else record.error or problem(key, record, self.ranks, self.left)
+            for key, record in ready
+        ]
         for group in fuse([record.signature for _, record in ready], self._fusion_nbytes):
             sound = [ready[i][1] for i in group if errors[i] is None]
             if self.joined:  # one exchange serves one set of members: to each of them all of it is known, or nothing
@@ -237,10 +250,9 @@ class Coordinator:
                     self._run([ready[i][1]], errors[i])
 
     def _run(self, records: list[Announced], error: tuple[str, str] | None) -> None:
-        first = records[0]
-        extents = [first.extents.get(m, ()) for m in range(self.size)] if first.extents else []
-        if error is None and first.payloads and self._answer_eagerly(records, extents):
+        if error is None and records[0].payloads and self._answer_eagerly(records):
             return
+        extents = self._extents(records[0])
         for member, outbox in enumerate(self._outboxes):
             numbers = [record.numbers[member] for record in records if member in record.numbers]
             if numbers:
@@ -248,42 +260,22 @@ class Coordinator:
             elif member in self.joined and error is None:
                 outbox.append((RUN, [tuple(record.signature) for record in records], extents, None, None))
 
-    def _answer_eagerly(self, records: list[Announced], extents: list[tuple[int, ...]]) -> bool:
+    def _extents(self, record: Announced) -> list[tuple[int, ...]]:
+        return [record.extents.get(member, ()) for member in range(self.size)] if record.extents else []
+
+    def _is_sound(self, record: Announced) -> bool:
+        return record.error is None and len(record.numbers) == self.size and not record.differs
+
+    def _answer_eagerly(self, records: list[Announced]) -> bool:
         """Answer what came with its content; False where some member's content is missing."""
-        if any(record.payloads.keys() != record.numbers.keys() for record in records):
+        if any(record.payloads is None or len(record.payloads) != len(record.numbers) for record in records):
             return False
         for record in records:
+            assert record.payloads is not None
             contributions = [record.payloads[member] for member in sorted(record.payloads)]
+            extents = self._extents(record)
             root = self.ranks.index(record.signature.root) if record.signature.kind == Kind.BROADCAST else 0
             payload = eager.answer(record.signature, contributions, root)
             for member, number in record.numbers.items():
                 self._outboxes[member].append((RUN, [number], extents, None, payload))
         return True
-
-    def _problem(self, key: Key, record: Announced) -> tuple[str, str] | None:
-        """None, or the class and the text of the error that every member gets."""
-        kind = Kind(record.signature.kind)
-        what = (
-            f"{kind.name.lower()} of {key!r}"
-            if isinstance(key, str)
-            else f"unnamed {kind.name.lower()} number {shown_number(key)}"
-        )
-        missing = [member for member in range(self.size) if member not in record.numbers]
-        gone = [member for member in missing if member in self.left]
-        if gone:
-            said = ", ".join(f"rank {self.ranks[m]} left after {self.left[m]} steps" for m in gone)
-            return RankLeftError.__name__, f"{what}: {said} and will not take part; uneven data? see join()"
-        if record.differs:
-            return MismatchError.__name__, describe(key, record.signatures(), self.ranks)
-        if missing and not _may_miss(record.signature):
-            ranks = ", ".join(str(self.ranks[m]) for m in missing)
-            return CollectiveError.__name__, (
-                f"{what} cannot run after rank {ranks} has joined: only sums and averages can do without a rank"
-            )
-        return None
-
-
-def _may_miss(signature: Signature) -> bool:
-    if signature.kind == Kind.ALLREDUCE:
-        return signature.op == ReduceOp.SUM
-    return signature.kind == Kind.BARRIER

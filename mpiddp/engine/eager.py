@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 
 from ..collectives.base import ReduceOp
@@ -24,6 +26,17 @@ _NBYTES = 16 << 10
 
 #: What the coordinator may have to read for one request, of all members together.
 _TOTAL_NBYTES = 256 << 10
+
+
+#: What numpy computes as torch does, to the bit, at a third of the cost for a few KiB.
+_OF_NUMPY = {name: np.dtype(name) for name in ("float32", "float64", "int32", "int64")}
+_FLOATS = ("float32", "float64")
+_COMBINE: dict[int, Any] = {
+    ReduceOp.SUM: np.add,
+    ReduceOp.MIN: np.minimum,
+    ReduceOp.MAX: np.maximum,
+    ReduceOp.PRODUCT: np.multiply,
+}
 
 
 def worthwhile(nbytes: int, size: int) -> bool:
@@ -44,6 +57,8 @@ def answer(signature: Signature, contributions: Sequence[bytes], root: int) -> b
         return b"".join(contributions)
     if not contributions[0]:
         return b""
+    if signature.dtype in _OF_NUMPY and (signature.scale == 1.0 or signature.dtype in _FLOATS):
+        return _by_numpy(signature, contributions)
     result = bytearray(contributions[0])
     dtype, op = dtype_called(signature.dtype), ReduceOp(signature.op)
     total = torch.frombuffer(result, dtype=dtype)
@@ -51,6 +66,17 @@ def answer(signature: Signature, contributions: Sequence[bytes], root: int) -> b
         op.combine(total, torch.frombuffer(bytearray(contribution), dtype=dtype), out=total)
     scale_(total, signature.scale)
     return bytes(result)
+
+
+def _by_numpy(signature: Signature, contributions: Sequence[bytes]) -> bytes:
+    dtype, combine = _OF_NUMPY[signature.dtype], _COMBINE[signature.op]
+    total = np.frombuffer(contributions[0], dtype)
+    with np.errstate(all="ignore"):  # infinities are no news to who trains
+        for contribution in contributions[1:]:
+            total = combine(total, np.frombuffer(contribution, dtype))
+        if signature.scale != 1.0:
+            total = total * dtype.type(signature.scale)
+    return total.tobytes()
 
 
 def receive(request: Request, data: bytes, extents: Sequence[tuple[int, ...]]) -> None:

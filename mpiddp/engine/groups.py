@@ -18,15 +18,16 @@ class Announced:
     def __init__(self, signature: Signature) -> None:
         self.signature = signature
         self.numbers: dict[int, int] = {}
-        self.extents: dict[int, tuple[int, ...]] = {}
-        self.payloads: dict[int, bytes] = {}
-        self.differs: dict[int, Signature] = {}
+        self.extents: dict[int, tuple[int, ...]] | None = None  # these three are made when something comes
+        self.payloads: dict[int, bytes] | None = None
+        self.differs: dict[int, Signature] | None = None
         self.error: tuple[str, str] | None = None
         self.since_s = time.monotonic()
 
     def signatures(self) -> list[tuple[int, Signature]]:
         """Each member's signature."""
-        return [(member, self.differs.get(member, self.signature)) for member in sorted(self.numbers)]
+        differs = self.differs or {}
+        return [(member, differs.get(member, self.signature)) for member in sorted(self.numbers)]
 
 
 _Name = str | int
@@ -55,7 +56,7 @@ class Groups:
 
     def __init__(self) -> None:
         self._gathered: dict[_Name, list[_Entry]] = {}
-        self._failed: dict[tuple[_Name, int], tuple[int, _Error]] = {}  # of a member, how many are to come
+        self.failed: dict[tuple[_Name, int], tuple[int, _Error]] = {}  # of a member, how many are to come
 
     def gather(self, key: Key, record: Announced) -> list[_Entry]:
         """All members have submitted ``record``, alike. The whole group if this was the last of it, else nothing."""
@@ -83,22 +84,17 @@ class Groups:
                 mine = group_of(each, signature)
                 if mine is not None:
                     to_come[mine, member] = to_come.get((mine, member), _size(signature)) - 1
-        self._failed.update({place: (count, error) for place, count in to_come.items() if count})
+        self.failed.update({place: (count, error) for place, count in to_come.items() if count})
         return list(doomed.items())
-
-    @property
-    def some_failed(self) -> bool:
-        """Whether a part of a group that has failed is still to come."""
-        return bool(self._failed)
 
     def late(self, member: int, key: Key, signature: Signature) -> _Error | None:
         """The error of a request whose group has failed already."""
-        name = group_of(key, signature) if self._failed else None
-        if name is None or (name, member) not in self._failed:
+        name = group_of(key, signature) if self.failed else None
+        if name is None or (name, member) not in self.failed:
             return None
-        count, error = self._failed.pop((name, member))
+        count, error = self.failed.pop((name, member))
         if count > 1:
-            self._failed[name, member] = count - 1, error
+            self.failed[name, member] = count - 1, error
         return error
 
     @staticmethod
@@ -108,4 +104,4 @@ class Groups:
 
     def __len__(self) -> int:
         """How many are not over."""
-        return len(self._gathered) + len(self._failed)
+        return len(self._gathered) + len(self.failed)

@@ -16,6 +16,7 @@ from typing import Any
 
 from ..memory.shared import HEADER_NBYTES, share
 from . import stack
+from .request import Key, automatic_name
 from .stack import start_time
 
 __all__ = ["COMPUTING", "LEFT", "WAITING", "Presence", "Seen", "lane_key"]
@@ -32,6 +33,8 @@ _NOWHERE = _WORDS - 1
 _SUBMITTED = 32  # from here: count, time, length of the name, name
 _NAME_NBYTES = (_NOWHERE - _SUBMITTED - 3) * 8
 _submission = struct.Struct(f"qdq{_NAME_NBYTES}s")
+_three = struct.Struct("qqq")
+_unnamed, _UNNAMED = struct.Struct("qdqqqq"), -1  # in place of the length; then kind, number, place in a group or -1
 
 
 @dataclass(frozen=True)
@@ -93,11 +96,15 @@ class Presence:
 
     # -- written in the hot path ---------------------------------------------------------------------------------------
 
-    def submitted(self, name: str, now: float) -> None:
+    def submitted(self, key: Key, kind: int, now: float) -> None:
         """An operation was submitted."""
-        self._count += 1
-        encoded = name.encode(errors="replace")
-        _submission.pack_into(self._memory, self._name_at, self._count, now, len(encoded), encoded)
+        self._count = count = self._count + 1
+        if isinstance(key, str):
+            encoded = key.encode(errors="replace")
+            _submission.pack_into(self._memory, self._name_at, count, now, len(encoded), encoded)
+        else:
+            number, place = (key, -1) if isinstance(key, int) else key
+            _unnamed.pack_into(self._memory, self._name_at, count, now, _UNNAMED, kind, number, place)
 
     def push_begins(self) -> None:
         """A push has begun."""
@@ -158,7 +165,7 @@ class Presence:
             since_s=times[_SINCE_S],
             submitted=count,
             submitted_s=submitted_s,
-            name=_text(name, length),
+            name=_text(name, length) if length != _UNNAMED else _name_of(*_three.unpack_from(name)),
             step=words[_STEP],
             stalled=words[_STALLED],
             reported=words[_REPORTED],
@@ -174,6 +181,10 @@ class Presence:
 def lane_key(ranks: Sequence[int], number: int) -> int:
     """The same number on all members for a lane of a process set, and hardly ever for two."""
     return zlib.crc32(repr((tuple(ranks), number)).encode()) + 1
+
+
+def _name_of(kind: int, number: int, place: int) -> str:
+    return automatic_name(kind, number if place < 0 else (number, place))
 
 
 def _text(encoded: bytes, nbytes: int) -> str:

@@ -75,12 +75,13 @@ class Engine:
         if self._stopped is not None:
             raise self._stopped
         now = time.monotonic()
-        request.where = channel.ranks, -1
+        request.where = channel.where
         if trace.active():
             trace.instant("submitted", name=request.name, of=(request,))
-        self.presence.submitted(request.name, now)
+        self.presence.submitted(request.key, request.signature.kind, now)
         channel.submitted.append(request)
-        self.wake()
+        if self._liveness is not None:
+            self._liveness.wake()
         # A caller that submits again and again pushes now and then, so that the liveness thread need not.
         if now - self.last_push_s > _SUBMITTING_S:
             self.push()
@@ -174,13 +175,19 @@ class Engine:
     def wait(self, handle: Handle) -> Any:
         """Push until ``handle`` is done; return its result or raise its error."""
         if not handle.done:
-            self.wait_until(lambda: handle.done, handle.name)
+            if not self._may_any_thread or self._owner is not None:
+                self._check_may_wait(handle.name)
+            self._wait(lambda: handle.done, math.inf)
         if handle.error is not None:
             raise handle.error
         return handle.result
 
     def wait_until(self, done: Callable[[], bool], what: str, timeout_s: float | None = None) -> bool:
         """Push until ``done()``; False if that took longer than ``timeout_s``."""
+        self._check_may_wait(what)
+        return self._wait(done, math.inf if timeout_s is None else timeout_s)
+
+    def _check_may_wait(self, what: str) -> None:
         if self.is_pushing():
             raise MpiddpError(f"cannot wait for {what} from inside a push (a signal handler, __del__ or a hook)")
         if not self.may_push():
@@ -189,14 +196,16 @@ class Engine:
                 f"level {self._thread_level!r}, which lets only the main thread in; wait there, or start MPI at level "
                 "'multiple'"
             )
+
+    def _wait(self, done: Callable[[], bool], timeout_s: float) -> bool:
         begun_s = time.monotonic()
         self.presence.phase(WAITING, begun_s)
         try:
-            return self._climb(done, None if timeout_s is None else begun_s + timeout_s)
+            return self._climb(done, begun_s + timeout_s)
         finally:
             self.presence.phase(COMPUTING, self.last_push_s)
 
-    def _climb(self, done: Callable[[], bool], deadline_s: float | None) -> bool:
+    def _climb(self, done: Callable[[], bool], deadline_s: float) -> bool:
         """The ladder of waiting."""
         spins, idle_since_s = 0, 0.0
         while not done():
@@ -207,7 +216,7 @@ class Engine:
             if spins < _SPINS:
                 continue
             now = time.monotonic()
-            if deadline_s is not None and now > deadline_s:
+            if now > deadline_s:
                 return False
             if spins == _SPINS:
                 idle_since_s = now

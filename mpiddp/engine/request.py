@@ -70,20 +70,28 @@ class Signature(NamedTuple):
         return ReduceOp(value).name.lower() if name == "op" else str(value)
 
 
+_NOWHERE: tuple[tuple[int, ...], int] = (), -1
+
+
 class Handle:
     """A result to come. ``error`` is raised by who waits for it, never by who pushed.
 
     ``where`` are the members of the process set, and the number of the lane, or -1.
     """
 
-    __slots__ = ("done", "error", "name", "result", "where")
+    __slots__ = ("_name", "done", "error", "result", "where")
 
-    def __init__(self, name: str, where: tuple[tuple[int, ...], int] = ((), -1)) -> None:
-        self.name = name
+    def __init__(self, name: str, where: tuple[tuple[int, ...], int] = _NOWHERE) -> None:
+        self._name = name
         self.where = where
         self.done = False
         self.error: BaseException | None = None
         self.result: Any = None
+
+    @property
+    def name(self) -> str:
+        """What the operation is called."""
+        return self._name
 
     def finish(self, result: Any) -> None:
         """The result is there."""
@@ -128,11 +136,15 @@ class Request(Handle):
         self.answer = answer
         self.extent = extent
         self.eager = eager
-        self.where = (), -1
-        self.name = key if isinstance(key, str) else automatic_name(signature.kind, key)
+        self.where = _NOWHERE
         self.done = False
         self.error = None
         self.result = None
+
+    @property
+    def name(self) -> str:
+        """What the operation is called: made when it is asked for, which is seldom."""
+        return self.key if isinstance(self.key, str) else automatic_name(self.signature.kind, self.key)
 
     def complete(self, value: Any) -> None:
         """``value`` is what the exchange made of ``flat``. Where it cannot be delivered, this request alone fails."""
@@ -141,7 +153,8 @@ class Request(Handle):
         except Exception as error:
             self.fail(error)
         else:
-            self.finish(result)
+            self.result = result
+            self.done = True
 
 
 _KIND_NAMES = [kind.name.lower() for kind in Kind]

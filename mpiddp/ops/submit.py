@@ -61,7 +61,7 @@ def in_place(tensor: torch.Tensor) -> tuple[torch.Tensor, Callable[[torch.Tensor
 
 def _in_place(tensor: torch.Tensor) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor] | None]:
     if tensor.is_contiguous():
-        return tensor.view(-1), None
+        return tensor if tensor.ndim == 1 else tensor.view(-1), None
     flat = tensor.contiguous().view(-1)
     return flat, lambda flat: tensor.copy_(flat.view(tensor.shape))
 

@@ -17,7 +17,12 @@ CONTROL_TAG = 32767
 
 
 class Port(Protocol):
-    """Sends and receives messages among the members of a process set."""
+    """Sends and receives messages among the members of a process set.
+
+    ``leaving``: whether something that was sent had not left at the last look.
+    """
+
+    leaving: bool
 
     def send(self, peer: int, message: bytes) -> None:
         """Start to send; messages between one pair arrive in order."""
@@ -25,11 +30,6 @@ class Port(Protocol):
 
     def poll(self) -> tuple[int, bytes] | None:
         """A message that has come and who sent it, or None."""
-        ...
-
-    @property
-    def leaving(self) -> bool:
-        """Whether something that was sent had not left at the last look."""
         ...
 
     def flush(self) -> None:
@@ -40,7 +40,7 @@ class Port(Protocol):
 class MpiPort:
     """A port over a communicator of the library's own."""
 
-    __slots__ = ("_byte", "_comm", "_leaving", "_status", "_wildcard")
+    __slots__ = ("_byte", "_comm", "_status", "_under_way", "_wildcard", "leaving")
 
     def __init__(self, comm: MPI.Intracomm) -> None:
         from mpi4py import MPI
@@ -49,11 +49,12 @@ class MpiPort:
         self._byte = MPI.BYTE
         self._wildcard = MPI.ANY_SOURCE
         self._status = MPI.Status()
-        self._leaving: list[MPI.Request] = []
+        self._under_way: list[MPI.Request] = []
+        self.leaving = False
 
     def send(self, peer: int, message: bytes) -> None:
         """See :class:`Port`."""
-        self._leaving.append(self._comm.Isend([message, self._byte], peer, CONTROL_TAG))
+        self._under_way.append(self._comm.Isend([message, self._byte], peer, CONTROL_TAG))
         self.flush()
 
     def poll(self) -> tuple[int, bytes] | None:
@@ -66,11 +67,7 @@ class MpiPort:
         self._comm.Recv([message, self._byte], source, CONTROL_TAG)
         return source, bytes(message)
 
-    @property
-    def leaving(self) -> bool:
-        """See :class:`Port`."""
-        return bool(self._leaving)
-
     def flush(self) -> None:
         """See :class:`Port`."""
-        self._leaving = [request for request in self._leaving if not request.Test()]
+        self._under_way = [request for request in self._under_way if not request.Test()]
+        self.leaving = bool(self._under_way)

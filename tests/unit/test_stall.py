@@ -36,7 +36,7 @@ def test_a_peer_sees_what_a_rank_publishes() -> None:
     mine, other = presences(2)
     now = time.monotonic()
     for name in ("first", "layer.weight"):
-        mine.submitted(name, now)
+        mine.submitted(name, 0, now)
     mine.push_ends(now)
     mine.push_begins()
     mine.phase(WAITING, now)
@@ -53,7 +53,7 @@ def test_a_peer_sees_what_a_rank_publishes() -> None:
 
 def test_long_names_are_cut_between_characters_and_lanes_are_bounded() -> None:
     mine, other = presences(2)
-    mine.submitted("é" * 500, 1.0)
+    mine.submitted("é" * 500, 0, 1.0)
     assert set(other.see(0).name) == {"é", "."} and 50 < len(other.see(0).name) < 500
     for key in range(1, 30):
         mine.words[mine.lane(key)] = key
@@ -64,7 +64,7 @@ def test_long_names_are_cut_between_characters_and_lanes_are_bounded() -> None:
 def test_publishing_costs_less_than_a_microsecond() -> None:
     mine, _ = presences(2)
     calls = {
-        "submitted": lambda: mine.submitted("layer.weight", 1.0),
+        "submitted": lambda: mine.submitted("layer.weight", 0, 1.0),
         "push": lambda: (mine.push_begins(), mine.push_ends(1.0)),
         "phase": lambda: mine.phase(WAITING, 1.0),
     }
