@@ -6,7 +6,7 @@ import os
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-__all__ = ["LAUNCHERS", "Daemon", "daemon", "libmpi_path", "parent_pid", "usable_cpus"]
+__all__ = ["LAUNCHERS", "Daemon", "daemon", "generation", "libmpi_path", "parent_pid", "usable_cpus"]
 
 #: The programs of Open MPI 4 and 5, MPICH and Intel MPI that are parents of ranks. Slurm's slurmstepd is none of them:
 #: it belongs to no MPI, and is not confined to the job's cores.
@@ -18,6 +18,25 @@ LAUNCHERS = frozenset(
 )
 #: Between a rank and its launcher: a shell or a wrapper script, seldom more.
 _MAX_GENERATIONS = 8
+
+
+_generation = 0
+
+
+def generation() -> int:
+    """How many forks lie between this process and the one that imported this: tells whether it is still that one.
+
+    Costs no system call, as asking for the process id does.
+    """
+    return _generation
+
+
+def _one_more() -> None:
+    global _generation
+    _generation += 1
+
+
+os.register_at_fork(after_in_child=_one_more)
 
 
 class Daemon(NamedTuple):

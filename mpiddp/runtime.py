@@ -1,8 +1,7 @@
 """``init`` and ``shutdown``, and who this process is. The only global state of the library.
 
-State: ``_runtime`` and ``_usable``, set by ``init()`` and cleared by ``shutdown()``, both in the thread that calls
-them, and ``_usable`` in a forked child, too; ``_child``, the topology that a child process has from its parent.
-Everything acts only in the process that called ``init()``.
+State: ``_runtime``, set by ``init()`` and cleared by ``shutdown()``, both in the thread that calls them; ``_child``,
+the topology that a child process has from its parent. Everything acts only in the process that called ``init()``.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from dataclasses import dataclass, fields
 from functools import partial
 from typing import TYPE_CHECKING
 
-from . import agreement, binding, config, failure, launch, log, worker
+from . import agreement, binding, config, failure, launch, log, processes, worker
 from .config import Config
 from .engine import Channel, Engine, Presence
 from .errors import ArgumentError, NotInitializedError, WorkerProcessError
@@ -52,7 +51,7 @@ __all__ = [
 class Runtime:
     """What ``init()`` made."""
 
-    pid: int
+    generation: int
     config: Config
     world: World
     topology: Topology
@@ -70,9 +69,7 @@ class Runtime:
 
 
 _runtime: Runtime | None = None
-_usable: Runtime | None = None  # the same, in the process that called init() alone
 _child: Topology | None = None
-_is_fork_hooked = False
 
 
 def init(
@@ -89,7 +86,7 @@ def init(
     Raises :class:`LaunchError` when the launcher started several ranks and MPI knows of one, or when MPI is not usable;
     :class:`ConfigError` for an unknown or malformed setting.
     """
-    global _runtime, _usable, _child
+    global _runtime, _child
     if _runtime is not None:
         return  # in a forked child too: it answers for its parent and may not communicate
     inherited = worker.inherited(config.environ())
@@ -124,8 +121,7 @@ def init(
     engine.add(channel)
     sets = ProcessSets(world, settings, engine, channel)
     timeline = Timeline(engine, channel, world.host, settings.exit_timeout_s)
-    _runtime = _usable = Runtime(os.getpid(), settings, world, topology, engine, channel, sets, timeline)
-    _hook_fork()
+    _runtime = Runtime(processes.generation(), settings, world, topology, engine, channel, sets, timeline)
     failure.install(world.rank, world.size, mpi.COMM_WORLD.Abort, engine.is_pushing)
     atexit.register(_at_exit)
     logger.debug("%r", _runtime)
@@ -165,9 +161,9 @@ def _at_exit() -> None:
 
 
 def _stop(free: bool) -> None:
-    global _runtime, _usable
+    global _runtime
     runtime = _runtime
-    if runtime is None or worker.in_child(runtime.pid):
+    if runtime is None or runtime.generation != processes.generation():
         return
     from mpi4py import MPI
 
@@ -179,7 +175,7 @@ def _stop(free: bool) -> None:
         together = _farewell(runtime)
     runtime.engine.presence.close()
     runtime.engine.stop(NotInitializedError("mpiddp was shut down; call mpiddp.init() again"))
-    _runtime = _usable = None
+    _runtime = None
     runtime.sets.forget(free=together and free)
     if together and free:
         runtime.world.free()
@@ -206,23 +202,11 @@ def is_initialized() -> bool:
 
 def current() -> Runtime:
     """The runtime, for whoever communicates; raises where that is not possible."""
-    if _usable is not None:
-        return _usable
+    if _runtime is not None and _runtime.generation == processes.generation():
+        return _runtime
     if _runtime is not None or _child is not None or worker.inherited(config.environ()) is not None:
         raise _in_child()
     raise NotInitializedError("mpiddp is not initialized: call mpiddp.init() first")
-
-
-def _hook_fork() -> None:
-    global _is_fork_hooked
-    if not _is_fork_hooked:
-        os.register_at_fork(after_in_child=_forget_in_child)
-        _is_fork_hooked = True
-
-
-def _forget_in_child() -> None:
-    global _usable
-    _usable = None
 
 
 def _in_child() -> WorkerProcessError:

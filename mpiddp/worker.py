@@ -15,7 +15,7 @@ from collections.abc import Mapping
 
 from . import config, processes
 
-__all__ = ["Topology", "in_child", "inherited", "publish", "withdraw"]
+__all__ = ["Topology", "inherited", "publish", "withdraw"]
 
 #: The rank's process id, then the fields of its Topology.
 _VARIABLE = "_MPIDDP_WORLD"
@@ -79,8 +79,3 @@ def _creator_pid() -> int | None:
     # parent. The forkserver itself may run the top level, too; it is no child and keeps the name of a main process.
     is_of_forkserver = any("multiprocessing.forkserver" in word for word in sys.orig_argv)
     return processes.parent_pid(os.getppid()) if is_of_forkserver and process.name != "MainProcess" else os.getppid()
-
-
-def in_child(owner_pid: int) -> bool:
-    """Whether this process is another one than ``owner_pid``, which called ``init()``: a forked child of it."""
-    return os.getpid() != owner_pid

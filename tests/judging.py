@@ -198,7 +198,7 @@ def _check_nothing_is_left(plan: Plan, world: World) -> None:
             assert not own.member.waiting, f"rank {rank} waits for {own.member.waiting}"
             if own.coordinator is not None and not plan.hasty:
                 groups = own.coordinator._groups
-                assert not own.coordinator.announced and not groups._gathered and not groups._failed
+                assert not own.coordinator.announced and not groups._gathered and not groups.failed
 
 
 def _check_messages(plan: Plan, world: World, players: list[Player]) -> None:

@@ -200,7 +200,7 @@ class Coordinator:
     # -- what goes out -------------------------------------------------------------------------------------------------
 
     def messages(self) -> Iterable[tuple[int, list[tuple[Any, ...]]]]:
-        """What each member has to be told since the last call; member 0, which is here and waits for no message, last."""
+        """What each member has to be told since the last call; member 0, which is here, last."""
         if self._just_joined:
             self._settle_joins()
         if self._ready:

@@ -88,16 +88,21 @@ class Gradients:
                 param.grad = None
             else:
                 view.zero_()
-        bucket.flags.copy_(torch.tensor(present))
+        bucket.tail.copy_(bucket.usual if all(present) else torch.tensor([*present, 0, 0]))
 
-    def hand_out(self, bucket: Bucket) -> None:
-        """``grad`` is a view again, where some rank had a gradient; a parameter without one anywhere keeps None."""
-        for index, view, flag in zip(bucket.indices, bucket.views, bucket.flags.tolist(), strict=True):
+    def hand_out(self, bucket: Bucket) -> list[float]:
+        """``grad`` is a view again, where some rank had a gradient; a parameter without one anywhere keeps None.
+
+        Returns the control flags.
+        """
+        tail: list[float] = bucket.tail.tolist()
+        for index, view, flag in zip(bucket.indices, bucket.views, tail, strict=False):
             if flag != 0:
                 if self.is_sparse(index):
                     self.unsent[index] = self._grad(index)
                 self.params[index].grad = view
                 self.averaged.add(index)
+        return tail[-2:]
 
     def _grad(self, index: int) -> torch.Tensor:
         grad = self.params[index].grad

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
+
+from .. import processes
 
 __all__ = ["watch_gradient"]
 
@@ -20,10 +21,10 @@ def watch_gradient(param: torch.Tensor, came: Callable[[], None]) -> None:
 
     A frozen parameter is watched too: it may be trained later.
     """
-    pid = os.getpid()
+    generation = processes.generation()
 
     def hook(_: torch.Tensor) -> None:
-        if os.getpid() != pid:
+        if processes.generation() != generation:  # a forked child
             return
         if torch.is_grad_enabled():  # backward(create_graph=True)
             with torch.no_grad():

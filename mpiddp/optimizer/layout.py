@@ -49,7 +49,8 @@ class Bucket:
     gradient came too late for the buckets; some parameter has no place in them), used in the last bucket.
 
     ``views[i]`` has the shape and the strides of parameter ``indices[i]``. Flags are summed with the gradients, so
-    that after the exchange a flag that is not zero means: some rank had a gradient.
+    that after the exchange a flag that is not zero means: some rank had a gradient. ``tail`` are both, and ``usual``
+    what is in it when every parameter has a gradient and nothing is unusual.
     """
 
     indices: tuple[int, ...]
@@ -57,11 +58,8 @@ class Bucket:
     views: tuple[torch.Tensor, ...]
     flags: torch.Tensor
     control: torch.Tensor
-
-    @property
-    def tail(self) -> torch.Tensor:
-        """The flags and the control flags: what is no gradient."""
-        return self.flat[-(len(self.indices) + 2) :]
+    tail: torch.Tensor
+    usual: torch.Tensor
 
     @classmethod
     def over(cls, indices: Sequence[int], params: Sequence[torch.Tensor]) -> Bucket:
@@ -75,8 +73,9 @@ class Bucket:
         with torch.no_grad():
             flat = torch.zeros(end + len(indices) + 2, dtype=like.dtype, device=like.device)
             views = tuple(_view(flat, at, params[index]) for at, index in zip(starts, indices, strict=True))
-            flags, control = flat[end : end + len(indices)], flat[end + len(indices) :]
-        return cls(tuple(indices), flat, views, flags, control)
+            tail, usual = flat[end:], torch.ones(len(indices) + 2, dtype=like.dtype, device=like.device)
+            usual[-2:] = 0
+        return cls(tuple(indices), flat, views, tail[:-2], tail[-2:], tail, usual)
 
     def __repr__(self) -> str:
         size = self.flat.numel() * self.flat.element_size() / (1 << 20)

@@ -152,7 +152,7 @@ class Reducer:
         self._open_cycle()
         bucket = self.layout.buckets[number]
         self.gradients.fill(bucket, with_nothing=self._is_joined)
-        if number == len(self.layout.buckets) - 1:
+        if number == len(self.layout.buckets) - 1 and (self.gradients.late or self.gradients.unplaced):
             bucket.control.copy_(torch.tensor([bool(self.gradients.late), self.gradients.unplaced]))
         self._under_way.append(self._wire.launch(f"bucket {number}", bucket, 1.0 / self._divisor(passes)))
 
@@ -222,8 +222,7 @@ class Reducer:
                 sending.wait(self.engine)
         self.gradients.averaged.clear()
         for bucket in self.layout.buckets:
-            self.gradients.hand_out(bucket)
-        late, relayout = (value != 0 for value in self.layout.buckets[-1].control.tolist())
+            late, relayout = self.gradients.hand_out(bucket)  # the last one's count
         if relayout:
             self._place_newcomers()
         if late or relayout:

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from mpiddp.transport import mailbox
+
 PROGRAM = """
     import torch, mpiddp
     mpiddp.init()
@@ -145,3 +147,16 @@ def _flat(program: str) -> str:
     import textwrap
 
     return textwrap.dedent(program)
+
+
+@pytest.mark.ranks(2, 3)
+def test_the_world_has_rings_where_the_processor_keeps_writes_in_order(world: Any, monkeypatch: Any) -> None:
+    from mpi4py import MPI
+
+    def port() -> object:
+        node: Any = MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED)
+        return mailbox.control_port(MPI.COMM_WORLD, node)
+
+    assert isinstance(port(), mailbox.NodePort)
+    monkeypatch.setattr(mailbox.platform, "machine", lambda: "aarch64")
+    assert not isinstance(port(), mailbox.NodePort)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from mpiddp import config, worker
+from mpiddp import config, processes, worker
 from mpiddp.worker import Topology
 
 TOPOLOGY = Topology(5, 8, 1, 4, 1, 2, True)
@@ -49,7 +49,7 @@ def test_what_cannot_be_read_does_not_count(value: str) -> None:
 
 
 def test_a_plain_subprocess_is_told_nothing() -> None:
-    code = "from mpiddp import config, worker; print(worker.inherited(config.environ()))"
+    code = "from mpiddp import config, processes, worker; print(worker.inherited(config.environ()))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "None"
 
@@ -69,8 +69,8 @@ def test_children_of_every_kind(method: str) -> None:
 
 
 def test_a_fork_knows_that_it_is_one() -> None:
-    owner = os.getpid()
-    assert not worker.in_child(owner)
+    parent = processes.generation()
     if not (pid := os.fork()):
-        os._exit(0 if worker.in_child(owner) else 1)
+        os._exit(0 if processes.generation() != parent else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert processes.generation() == parent
