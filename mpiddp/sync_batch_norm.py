@@ -13,6 +13,7 @@ from .errors import ArgumentError
 from .ops import Sum, allreduce_
 from .ops.submit import channel_of
 from .process_set import ProcessSet, global_process_set
+from .uncompiled import uncompiled
 
 __all__ = ["SyncBatchNorm"]
 
@@ -134,6 +135,7 @@ class SyncBatchNorm(_BatchNorm):
         return f"{super().extra_repr()}{among}"  # type: ignore[no-untyped-call]
 
 
+@uncompiled
 def _normalized(layer: SyncBatchNorm, input: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         mean, variance, count = _statistics(input.detach(), layer.process_set)
@@ -143,10 +145,6 @@ def _normalized(layer: SyncBatchNorm, input: torch.Tensor) -> torch.Tensor:
         input, layer.weight, layer.bias, mean, variance, count, layer.eps, layer.process_set
     )
     return output
-
-
-# The exchange is nothing that torch.compile could trace: it breaks the graph here.
-_normalized._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 def _dims(tensor: torch.Tensor) -> list[int]:

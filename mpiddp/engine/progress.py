@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from .. import trace
 from ..errors import MpiddpError
+from ..uncompiled import uncompiled
 from .channel import Channel
 from .liveness import Liveness
 from .neutral import is_neutral, without_modes
@@ -70,6 +71,7 @@ class Engine:
         """Push ``channel`` no more."""
         self.channels = [other for other in self.channels if other is not channel]
 
+    @uncompiled
     def submit(self, channel: Channel, request: Request) -> Request:
         """Negotiate and run ``request`` when every member has submitted it."""
         if self._stopped is not None:
@@ -106,6 +108,7 @@ class Engine:
         """Whether MPI lets the calling thread in."""
         return self._may_any_thread or threading.get_ident() == self._main_thread
 
+    @uncompiled
     def push(self) -> bool:
         """Resume what is in flight, once; True if something moved.
 
@@ -149,6 +152,7 @@ class Engine:
             self._owner = None
             self._lock.release()
 
+    @uncompiled
     def alone(self, change: Callable[[], None]) -> None:
         """``change()`` while nobody pushes; waits for that, and so raises inside a push."""
         if self.is_pushing():
@@ -172,6 +176,7 @@ class Engine:
         with without_modes():
             return self._advance()
 
+    @uncompiled
     def wait(self, handle: Handle) -> Any:
         """Push until ``handle`` is done; return its result or raise its error."""
         if not handle.done:
@@ -182,6 +187,7 @@ class Engine:
             raise handle.error
         return handle.result
 
+    @uncompiled
     def wait_until(self, done: Callable[[], bool], what: str, timeout_s: float | None = None) -> bool:
         """Push until ``done()``; False if that took longer than ``timeout_s``."""
         self._check_may_wait(what)

@@ -13,6 +13,7 @@ from ..engine import Channel, Handle, Key, Kind, Request, Signature
 from ..engine import eager as eagerly
 from ..errors import ArgumentError, DuplicateNameError
 from ..process_set import ProcessSet, global_process_set
+from ..uncompiled import uncompiled
 
 __all__ = ["channel_of", "claim", "dense", "in_place", "poll", "submit", "synchronize", "wait_for"]
 
@@ -72,6 +73,7 @@ def _writable(tensor: torch.Tensor) -> torch.Tensor:
     return alias.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
 
 
+@uncompiled
 def submit(
     channel: Channel,
     kind: Kind,
@@ -149,11 +151,13 @@ def claim(channel: Channel, name: str) -> None:
         channel.names = {n: handle for n, handle in channel.names.items() if not handle.done}
 
 
+@uncompiled
 def wait_for(handle: Handle) -> Any:
     """Push until the handle is done; return its result or raise its error."""
     return runtime.current().engine.wait(handle)
 
 
+@uncompiled
 def poll(handle: Any) -> bool:
     """Whether the result is there; pushes what is in flight first. A finished handle stays finished."""
     if not handle.done:
@@ -161,6 +165,7 @@ def poll(handle: Any) -> bool:
     return bool(handle.done)
 
 
+@uncompiled
 def synchronize(handle: Any) -> Any:
     """Wait for an operation; return its result (a list for a group) or raise its error."""
     if isinstance(handle, Handle):

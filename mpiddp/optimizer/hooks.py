@@ -9,6 +9,7 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import processes
+from ..uncompiled import uncompiled
 
 __all__ = ["watch_gradient"]
 
@@ -23,6 +24,7 @@ def watch_gradient(param: torch.Tensor, came: Callable[[], None]) -> None:
     """
     generation = processes.generation()
 
+    @uncompiled
     def hook(_: torch.Tensor) -> None:
         if processes.generation() != generation:  # a forked child
             return
@@ -32,7 +34,6 @@ def watch_gradient(param: torch.Tensor, came: Callable[[], None]) -> None:
         else:
             came()
 
-    hook._torchdynamo_disable = True  # type: ignore[attr-defined]
     earlier = _registered.pop(param, None)
     if earlier is not None:
         earlier.remove()

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "mpiddp"
 
 # The modules and packages directly under mpiddp/, lowest layer first. The files of the first may import each other.
 LAYERS = (
-    {"errors", "config", "dtypes", "log", "processes", "trace", "version"},
+    {"errors", "config", "dtypes", "log", "processes", "trace", "uncompiled", "version"},
     {"agreement", "binding", "failure", "launch", "worker", "world"},
     {"memory"},
     {"transport"},
