@@ -23,10 +23,11 @@ from .lane import FIRST_TAG, Lane
 from .launches import Launches
 from .member import Member, Run
 from .mismatch import ERRORS
+from .notices import heed
 from .presence import Presence
 from .request import Handle, Kind, Request
 from .running import Running, beginning
-from .wire import ALL_LEFT, CYCLE, GONE, JOINED, LEFT, NEWS, pack, unpack
+from .wire import GONE, LEFT, pack, unpack
 
 __all__ = ["Channel"]
 
@@ -175,19 +176,7 @@ class Channel:
         for run in runs:
             self._schedule(run)
         for notice in notices:
-            if notice[0] == LEFT:
-                self._note_left(*notice[1:])
-            elif notice[0] == CYCLE:
-                lane = self.lanes[notice[1]]
-                lane.wanted_cycle = max(lane.wanted_cycle, notice[2])
-            elif notice[0] == JOINED:
-                self._note_joined(notice[1])
-            elif notice[0] == ALL_LEFT:
-                self.departures.everybody = True
-            elif notice[0] == GONE:
-                self._note_coordinator_gone()
-            elif notice[0] == NEWS and notice[1] in self.news:
-                self.news[notice[1]](*notice[2:])
+            heed(self, notice)
 
     def _answered(self, run: Run) -> bool:
         """Whether the run list holds the result, or an error, and nothing is to be exchanged."""
@@ -228,20 +217,6 @@ class Channel:
 
     # -- ranks that join or leave --------------------------------------------------------------------------------------
 
-    def _note_joined(self, somebody: bool) -> None:
-        self.somebody_joined = somebody
-        if somebody and not self.member.joining():
-            for lane in self.lanes:  # anew for each that joins: it has not heard earlier calls
-                if lane.is_in_cycle:
-                    lane.call_joined()
-
-    def _note_left(self, rank: int, steps: int, launched: list[int]) -> None:
-        self.departures.left[rank] = (steps, launched)
-        for running in [r for r in self.running if r.lane >= 0]:
-            error = self.departures.lost_after(running.lane, running.number)
-            if error is not None:
-                self.abandon([running], error)
-
     def abandon(self, exchanges: Sequence[Running], error: MpiddpError) -> None:
         """Those who wait for these exchanges, if they still go on, get ``error``."""
         for running in exchanges:
@@ -250,12 +225,6 @@ class Channel:
                 self._abandoned.append(running)
                 for handle in running.handles:
                     handle.fail(error)
-
-    def _note_coordinator_gone(self) -> None:
-        self.departures.coordinator_gone = True
-        for request in self.member.waiting.values():
-            request.fail(self.departures.without_coordinator(request))
-        self.member.waiting.clear()
 
     def leave(self, steps: int) -> None:
         """Tell the others that this rank takes part no more, after so many steps; hear when they have left, too.

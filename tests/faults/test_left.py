@@ -190,3 +190,16 @@ def test_an_end_together_takes_no_time(mpirun: Any) -> None:
         "assert hvd.allreduce(torch.ones(1), op=hvd.Sum).item() == size\n"
     )
     mpirun(script, 3, timeout_s=30)
+
+
+def test_a_rank_that_has_joined_without_the_others_optimizer_is_told(mpirun: Any) -> None:
+    script = (
+        "import torch\nimport mpiddp as hvd\nhvd.init()\n"
+        "if hvd.rank() == 1:\n    hvd.join()\n"
+        "layer = torch.nn.Linear(2, 1)\n"
+        "optimizer = hvd.DistributedOptimizer(torch.optim.SGD(layer.parameters(), lr=0.1))\n"
+        "layer(torch.ones(1, 2)).sum().backward()\n"
+        "optimizer.step()\n"
+    )
+    done = mpirun(script, 2, timeout_s=30, expect="failure")
+    assert "others train with DistributedOptimizer number 1, while it has made 0" in done.stderr

@@ -239,3 +239,21 @@ def test_an_idle_engine_uses_no_cpu(world: Any) -> None:
     time.sleep(0.5)
     assert (time.process_time() - began) / (time.monotonic() - wall) < 0.01
     world.barrier()
+
+
+@pytest.mark.ranks(2, timeout_s=120)
+def test_in_a_compiled_function(world: Any) -> None:
+    """The exchange breaks the graph, and nothing of the engine is compiled."""
+
+    def both(x: torch.Tensor) -> torch.Tensor:
+        total = world.allreduce(x * 2, op=world.Sum)
+        handle = world.allreduce_async_(torch.ones(3), op=world.Sum)
+        return total + world.synchronize(handle)[0] + world.broadcast(x, 0)
+
+    x = torch.full((4,), float(world.rank()))
+    expected = both(x)
+    compiled = torch.compile(both, backend="eager")
+    for _ in range(3):
+        assert torch.equal(compiled(x), expected)
+    big = torch.arange(100_000.0)
+    assert torch.equal(torch.compile(world.allreduce, backend="eager")(big), big)
