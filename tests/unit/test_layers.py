@@ -15,7 +15,8 @@ PACKAGE = ROOT / "mpiddp"
 LAYERS = (
     {"errors", "config", "dtypes", "log", "processes", "trace", "version"},
     {"agreement", "binding", "failure", "launch", "worker", "world"},
-    {"memory", "transport"},
+    {"memory"},
+    {"transport"},
     {"collectives", "compression"},
     {"engine", "op"},
     {"process_set", "timeline"},
