@@ -27,6 +27,7 @@ class Config:
     first_bucket_mb: float = 1.0
     fusion_mb: float = 64.0
     segment_kb: int = 512
+    algorithm: str = ""
     cuda_aware: bool | None = None
     fault_tolerant: bool = False
     progress_interval_ms: float = 5.0
@@ -127,6 +128,16 @@ def _boolean(text: str) -> bool:
     raise ValueError("it must be 0 or 1")
 
 
+def _one_of(*names: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        name = text.strip().lower()
+        if name not in names:
+            raise ValueError(f"it must be one of {', '.join(name for name in names if name)}")
+        return name
+
+    return parse
+
+
 _LEVELS = {"TRACE": "DEBUG", "FATAL": "CRITICAL"} | {n: n for n in ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")}
 
 
@@ -148,6 +159,12 @@ VARIABLES: tuple[Variable, ...] = (
         (("HOROVOD_FUSION_THRESHOLD", 1 / MIB),),
     ),
     Variable("MPIDDP_SEGMENT_KB", "segment_kb", _whole(1, 1 << 20), "pipelined piece of a ring's chunk in KiB"),
+    Variable(
+        "MPIDDP_ALGORITHM",
+        "algorithm",
+        _one_of("", "ring", "doubling", "shared_memory"),
+        "the algorithm of all collectives that have it, for experiments; empty: the one that suits",
+    ),
     Variable("MPIDDP_CUDA_AWARE", "cuda_aware", _boolean, "1: give device buffers to MPI, 0: never"),
     Variable("MPIDDP_FAULT_TOLERANT", "fault_tolerant", _boolean, "1: prepare MPI for surviving the death of a rank"),
     Variable(

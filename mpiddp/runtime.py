@@ -18,11 +18,10 @@ from .config import Config
 from .engine import Channel, Engine, Presence
 from .errors import ArgumentError, NotInitializedError, WorkerProcessError
 from .log import logger
+from .memory import NodeMemory
 from .process_set import ProcessSet
-from .sets import ProcessSets
+from .sets import ProcessSets, open_channel
 from .timeline import Timeline, mark_ranges
-from .transport.host import HostLink
-from .transport.mailbox import control_port
 from .worker import Topology
 from .world import World, start_mpi
 
@@ -59,6 +58,7 @@ class Runtime:
     channel: Channel
     sets: ProcessSets
     timeline: Timeline
+    memory: NodeMemory
 
     def channels(self) -> list[Channel]:
         """Those of all process sets that this rank belongs to, the world's first."""
@@ -111,17 +111,12 @@ def init(
     _say(world, prepared.lost, started.kind)
     engine = Engine(world.thread_level, settings.progress_interval_ms / 1000, failure.act_on_pending)
     engine.observe(Presence.on_node(world.node_comm, world.rank), settings.stall_warn_s, settings.stall_abort_s)
-    channel = Channel(
-        HostLink(world.comm),
-        control_port(world.comm, world.node_comm),
-        range(world.size),
-        int(settings.fusion_mb * config.MIB),
-        settings.segment_kb << 10,
-    )
+    memory = NodeMemory.over(world.node_comm)
+    channel = open_channel(world.comm, range(world.size), world, settings, memory)
     engine.add(channel)
-    sets = ProcessSets(world, settings, engine, channel)
+    sets = ProcessSets(world, settings, engine, channel, memory)
     timeline = Timeline(engine, channel, world.host, settings.exit_timeout_s)
-    _runtime = Runtime(processes.generation(), settings, world, topology, engine, channel, sets, timeline)
+    _runtime = Runtime(processes.generation(), settings, world, topology, engine, channel, sets, timeline, memory)
     failure.install(world.rank, world.size, mpi.COMM_WORLD.Abort, engine.is_pushing)
     atexit.register(_at_exit)
     logger.debug("%r", _runtime)
@@ -177,6 +172,7 @@ def _stop(free: bool) -> None:
     runtime.engine.stop(NotInitializedError("mpiddp was shut down; call mpiddp.init() again"))
     _runtime = None
     runtime.sets.forget(free=together and free)
+    runtime.memory.close()
     if together and free:
         runtime.world.free()
     log.bind(None, runtime.world.host)

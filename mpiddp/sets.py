@@ -11,19 +11,40 @@ from . import config
 from .config import Config
 from .engine import Channel, Engine, Kind, Request, Signature
 from .errors import ArgumentError
+from .memory import NodeMemory
 from .process_set import ProcessSet, global_process_set
 from .transport.host import HostLink
 from .transport.mailbox import control_port
+from .transport.node import Node
 from .world import World
 
-__all__ = ["ProcessSets"]
+__all__ = ["ProcessSets", "open_channel"]
+
+
+def open_channel(comm: Any, ranks: Sequence[int], world: World, settings: Config, memory: NodeMemory) -> Channel:
+    """A channel among world ranks, whose communicator is ``comm``. Collective over them."""
+    nodes = {world.nodes[rank] for rank in ranks}
+    node = None
+    if nodes == {world.nodes[world.rank]}:
+        on_node = [rank for rank in range(world.size) if world.nodes[rank] in nodes]
+        node = Node.over(comm, [on_node.index(rank) for rank in ranks], memory)
+    node_comm: Any = comm.Split(world.nodes[world.rank], comm.rank)
+    port = control_port(comm, node_comm)
+    node_comm.Free()
+    return Channel(
+        HostLink(comm, node, settings.algorithm),
+        port,
+        ranks,
+        int(settings.fusion_mb * config.MIB),
+        settings.segment_kb << 10,
+    )
 
 
 class ProcessSets:
     """Adds and removes process sets; the world's own has id 0."""
 
-    def __init__(self, world: World, settings: Config, engine: Engine, channel: Channel) -> None:
-        self._world, self._settings, self._engine = world, settings, engine
+    def __init__(self, world: World, settings: Config, engine: Engine, channel: Channel, memory: NodeMemory) -> None:
+        self._world, self._settings, self._engine, self._memory = world, settings, engine, memory
         self._everyone = channel
         self._sets: dict[int, ProcessSet] = {0: global_process_set}
         self._comms: dict[int, Any] = {}
@@ -57,22 +78,11 @@ class ProcessSets:
         return process_set
 
     def _open(self, process_set: ProcessSet) -> None:
-        from mpi4py import MPI
-
         number, ranks = process_set.process_set_id, process_set.ranks
         assert number is not None
         # Collective over the members alone; the tag keeps sets apart that are made at the same time.
         comm = self._world.comm.Create_group(self._world.comm.group.Incl(ranks), tag=number % 32768)
-        node_comm: Any = comm.Split_type(MPI.COMM_TYPE_SHARED, key=comm.rank)
-        port = control_port(comm, node_comm)
-        node_comm.Free()
-        channel = Channel(
-            HostLink(comm),
-            port,
-            ranks,
-            int(self._settings.fusion_mb * config.MIB),
-            self._settings.segment_kb << 10,
-        )
+        channel = open_channel(comm, ranks, self._world, self._settings, self._memory)
         process_set.channel = channel
         self._comms[number] = comm
         self._engine.add(channel)

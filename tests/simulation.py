@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from mpiddp.transport.base import Pending, Steps, nothing_to_move
+from mpiddp.transport.node import Node
 
 _Key = tuple[int, int, int, int]  # group of links, source and target within it, tag
 
@@ -123,6 +124,8 @@ class SimulatedLink:
     def __init__(self, network: Network, rank: int, members: tuple[int, ...], group: int) -> None:
         self.network, self.rank, self.size = network, rank, len(members)
         self.members, self.group = members, group
+        self.node: Node | None = None
+        self.algorithm = ""
 
     def open(self, flat: torch.Tensor) -> SimulatedRegion:
         return SimulatedRegion(self, flat)

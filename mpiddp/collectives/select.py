@@ -5,13 +5,22 @@ from __future__ import annotations
 import torch
 
 from ..transport.base import Link, Steps
-from . import doubling, ring
+from . import doubling, ring, shared_memory
 from .base import ReduceOp
 
-__all__ = ["DOUBLING_NBYTES", "allreduce"]
+__all__ = ["DOUBLING_NBYTES", "allreduce", "allreduce_by"]
 
 #: Up to here the number of steps counts, above it the bytes. Measured at 2 to 4 ranks on one host.
 DOUBLING_NBYTES = 32 << 10
+
+
+def allreduce_by(nbytes: int, is_shared: bool, wanted: str = "") -> str:
+    """The name of the algorithm of an all-reduce of so many bytes. ``is_shared``: all members share memory."""
+    if is_shared and wanted in ("", "shared_memory"):
+        return "shared_memory"
+    if wanted in ("ring", "doubling"):
+        return wanted
+    return "doubling" if nbytes <= DOUBLING_NBYTES else "ring"
 
 
 def allreduce(
@@ -23,6 +32,9 @@ def allreduce(
     segment_nbytes: int = ring.SEGMENT_NBYTES,
 ) -> Steps:
     """``flat`` becomes ``scale * (x_0 op ... op x_{p-1})`` on every rank, by the algorithm that suits its size."""
-    if flat.numel() * flat.element_size() <= DOUBLING_NBYTES:
+    algorithm = allreduce_by(flat.nbytes, link.node is not None, link.algorithm)
+    if algorithm == "shared_memory" and link.node is not None:
+        return shared_memory.allreduce(link.node, flat, op, tag, scale)
+    if algorithm == "doubling":
         return doubling.allreduce(link, flat, op, tag, scale)
     return ring.allreduce(link, flat, op, tag, scale, segment_nbytes)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import trace
 from ..transport.base import Link, Steps
+from ..transport.tags import FIRST_TAG, LANE_TAGS, LANES
 from .presence import lane_key
 from .request import Handle
 from .wire import CYCLE
@@ -15,12 +16,6 @@ if TYPE_CHECKING:
     from .channel import Channel
 
 __all__ = ["FIRST_TAG", "Lane"]
-
-#: Tags below are those of negotiated exchanges. The smallest upper bound that the MPI standard grants is 32767.
-FIRST_TAG = 8192
-#: Launches of one lane that are under way together, at most, and lanes with tags of their own.
-_TAGS = 512
-_LANES = 32
 
 
 class Lane:
@@ -37,7 +32,7 @@ class Lane:
         self.mirror: Callable[[], None] | None = None
         self._where = channel.ranks, number
         self._counted = channel.presence.lane(lane_key(channel.ranks, number))
-        self._first_tag = FIRST_TAG + number % _LANES * _TAGS
+        self._first_tag = FIRST_TAG + number % LANES * LANE_TAGS
 
     @property
     def link(self) -> Link:
@@ -62,7 +57,7 @@ class Lane:
 
     def tag(self, number: int) -> int:
         """The tag of the ``number``th launch; later ones have it again."""
-        return self._first_tag + number % _TAGS
+        return self._first_tag + number % LANE_TAGS
 
     def begin_cycle(self) -> None:
         """The first launches of an optimizer's step are about to come; ranks that have joined must take part."""

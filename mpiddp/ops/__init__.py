@@ -7,6 +7,7 @@ matched by their order.
 
 from ..engine import Handle
 from ..op import Adasum, Average, Max, Min, Op, Product, Sum
+from .empty import empty
 from .group import (
     grouped_allgather,
     grouped_allgather_async,
@@ -55,6 +56,7 @@ __all__ = [
     "broadcast_",
     "broadcast_async",
     "broadcast_async_",
+    "empty",
     "grouped_allgather",
     "grouped_allgather_async",
     "grouped_allreduce",

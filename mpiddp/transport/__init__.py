@@ -1,5 +1,6 @@
 """How a slice of a flat buffer reaches a peer."""
 
 from .base import Link, Pending, Region, Steps, drain
+from .node import Node
 
-__all__ = ["Link", "Pending", "Region", "Steps", "drain"]
+__all__ = ["Link", "Node", "Pending", "Region", "Steps", "drain"]

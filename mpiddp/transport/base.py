@@ -6,20 +6,19 @@ and into which they are received. Whether MPI, shared memory or a simulated netw
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
+
+from .node import Node
+from .steps import Steps, drain
 
 __all__ = ["Link", "Pending", "Region", "Steps", "drain", "nothing_to_move"]
 
 #: Tests a transfer: True once its buffer may be used again (sent) or read (received). Not to be called after it said
 #: True.
 Pending = Callable[[], bool]
-
-#: An exchange under way: a generator that yields whenever it waits for a peer; another value than last time says that
-#: it has moved meanwhile.
-Steps = Generator[int | None, None, None]
 
 
 def nothing_to_move() -> bool:
@@ -52,12 +51,16 @@ class Link(Protocol):
         """The number of members."""
         ...
 
+    @property
+    def node(self) -> Node | None:
+        """Memory that all members share; None where they are on several nodes, or cannot."""
+        ...
+
+    @property
+    def algorithm(self) -> str:
+        """The algorithm that is wanted wherever it is possible; empty: the one that suits."""
+        ...
+
     def open(self, flat: torch.Tensor) -> Region:
         """``flat``, a contiguous 1-D tensor, ready for transfers."""
         ...
-
-
-def drain(steps: Steps) -> None:
-    """Run an exchange to its end: the blocking form of any collective."""
-    for _ in steps:
-        pass

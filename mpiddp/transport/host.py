@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .base import Pending, nothing_to_move
+from .node import Node
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -51,12 +52,14 @@ class HostRegion:
 
 
 class HostLink:
-    """The members of ``comm``, reached through host memory."""
+    """The members of ``comm``, reached through host memory: through ``node`` where they share any, else by MPI."""
 
-    __slots__ = ("comm", "rank", "size")
+    __slots__ = ("algorithm", "comm", "node", "rank", "size")
 
-    def __init__(self, comm: MPI.Intracomm) -> None:
+    def __init__(self, comm: MPI.Intracomm, node: Node | None = None, algorithm: str = "") -> None:
         self.comm = comm
+        self.node = node
+        self.algorithm = algorithm
         self.rank: int = comm.Get_rank()
         self.size: int = comm.Get_size()
 
@@ -65,4 +68,4 @@ class HostLink:
         return HostRegion(self.comm, flat)
 
     def __repr__(self) -> str:
-        return f"HostLink(rank={self.rank}, size={self.size})"
+        return f"HostLink(rank={self.rank}, size={self.size}, node={self.node!r})"

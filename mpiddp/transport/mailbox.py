@@ -7,13 +7,13 @@ that MPI has not taken yet would.
 
 from __future__ import annotations
 
-import platform
 import struct
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from ..memory.shared import HEADER_NBYTES, share
 from .control import MpiPort, Port
+from .node import orders_writes
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -24,10 +24,6 @@ __all__ = ["Inbox", "NodePort", "Outbox", "control_port"]
 _WRITTEN, _READ, _DATA_AT = 0, 8, 128
 _CAPACITY = 64 << 10
 RING_NBYTES = _DATA_AT + _CAPACITY
-
-#: These processors show one core's writes to another one in their order, so that a counter written last says that the
-#: bytes before it are there. On others it would take a fence, which Python has not.
-_IN_ORDER = ("x86_64", "amd64")
 
 _length = struct.Struct("q")
 
@@ -192,4 +188,5 @@ def control_port(comm: MPI.Intracomm, node_comm: MPI.Intracomm) -> Port:
 
 
 def _agree_on_order(node_comm: MPI.Intracomm) -> bool:
-    return all(node_comm.allgather(platform.machine().lower() in _IN_ORDER))
+    """A counter that is written last must say that the bytes before it are there."""
+    return all(node_comm.allgather(orders_writes()))

@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 
-from mpiddp.collectives import ReduceOp, chunk_bounds, doubling, naive, ring, tree
+from mpiddp.collectives import ReduceOp, chunk_bounds, doubling, naive, ordered, ring, tree
 from mpiddp.dtypes import REDUCIBLE, SIXTEEN_BIT, scale_
 from tests.simulation import on_all
 
@@ -16,6 +16,8 @@ ALGORITHMS = {
     "ring, small segments": functools.partial(ring.allreduce, segment_nbytes=16),
     "doubling": doubling.allreduce,
     "naive": naive.allreduce,
+    "ordered": ordered.allreduce,
+    "ordered, small segments": functools.partial(ordered.allreduce, segment_nbytes=16),
 }
 OPS = [op for op in ReduceOp if op is not ReduceOp.ADASUM]
 ORDERED = sorted((d for d in REDUCIBLE if not d.is_complex), key=str)

@@ -1,0 +1,54 @@
+"""The arithmetic of a reduction, block by block while the blocks are in the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..dtypes import SIXTEEN_BIT, scale_
+from .base import ReduceOp
+
+__all__ = ["Reduction"]
+
+
+class Reduction:
+    """``scale * (x_0 op x_1 op ... op x_{size-1})`` for blocks of at most ``numel`` elements of ``dtype``.
+
+    16-bit floats are combined and scaled in float32 and rounded once.
+    """
+
+    __slots__ = ("_is_wide", "_numel", "_scale", "_scratch", "_second", "op")
+
+    def __init__(self, op: ReduceOp, dtype: torch.dtype, scale: float, size: int, numel: int) -> None:
+        self.op, self._scale, self._numel = op, scale, numel
+        # Two that are not scaled are added by one operation, which torch does in float32 anyway.
+        self._is_wide = dtype in SIXTEEN_BIT and not (size == 2 and scale == 1.0)
+        self._scratch = torch.empty(numel, dtype=torch.float32 if self._is_wide else dtype)
+        self._second = torch.empty_like(self._scratch) if self._is_wide else self._scratch
+
+    def __call__(self, parts: Sequence[torch.Tensor], own: int) -> None:
+        """``parts[own]`` becomes the reduction of ``parts``, combined in their order."""
+        if self._is_wide:
+            self._reduce_wide(parts, own)
+            return
+        combine, out = self.op.combine, parts[own]
+        total = out if own < 2 else self._scratch[: out.numel()]
+        combine(parts[0], parts[1], total)
+        for part in parts[2:]:
+            combine(total, part, total)
+        if self._scale != 1.0:
+            scale_(total, self._scale)
+        if total is not out:
+            out.copy_(total)
+
+    def _reduce_wide(self, parts: Sequence[torch.Tensor], own: int) -> None:
+        numel = parts[own].numel()
+        total, second = self._scratch[:numel], self._second[:numel]
+        total.copy_(parts[0])
+        for part in parts[1:]:
+            second.copy_(part)
+            self.op.combine(total, second, total)
+        if self._scale != 1.0:
+            total.mul_(self._scale)
+        parts[own].copy_(total)
