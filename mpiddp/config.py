@@ -29,6 +29,7 @@ class Config:
     segment_kb: int = 512
     algorithm: str = ""
     cuda_aware: bool | None = None
+    deterministic: bool = False
     fault_tolerant: bool = False
     progress_interval_ms: float = 5.0
     stall_warn_s: float = 60.0
@@ -162,8 +163,14 @@ VARIABLES: tuple[Variable, ...] = (
     Variable(
         "MPIDDP_ALGORITHM",
         "algorithm",
-        _one_of("", "ring", "doubling", "shared_memory"),
+        _one_of("", "ring", "doubling", "shared_memory", "ordered"),
         "the algorithm of all collectives that have it, for experiments; empty: the one that suits",
+    ),
+    Variable(
+        "MPIDDP_DETERMINISTIC",
+        "deterministic",
+        _boolean,
+        "1: reductions give the same bits whatever the sizes of buckets and the layout of ranks over nodes",
     ),
     Variable("MPIDDP_CUDA_AWARE", "cuda_aware", _boolean, "1: give device buffers to MPI, 0: never"),
     Variable("MPIDDP_FAULT_TOLERANT", "fault_tolerant", _boolean, "1: prepare MPI for surviving the death of a rank"),

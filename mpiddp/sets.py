@@ -32,7 +32,7 @@ def open_channel(comm: Any, ranks: Sequence[int], world: World, settings: Config
     port = control_port(comm, node_comm)
     node_comm.Free()
     return Channel(
-        HostLink(comm, node, settings.algorithm),
+        HostLink(comm, node, "ordered" if settings.deterministic else settings.algorithm),
         port,
         ranks,
         int(settings.fusion_mb * config.MIB),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..transport.base import Link, Steps
-from . import doubling, ring, shared_memory
+from . import doubling, ordered, ring, shared_memory
 from .base import ReduceOp
 
 __all__ = ["DOUBLING_NBYTES", "allreduce", "allreduce_by"]
@@ -16,9 +16,9 @@ DOUBLING_NBYTES = 32 << 10
 
 def allreduce_by(nbytes: int, is_shared: bool, wanted: str = "") -> str:
     """The name of the algorithm of an all-reduce of so many bytes. ``is_shared``: all members share memory."""
-    if is_shared and wanted in ("", "shared_memory"):
+    if is_shared and wanted in ("", "shared_memory", "ordered"):  # it is ordered, too, with the same bits
         return "shared_memory"
-    if wanted in ("ring", "doubling"):
+    if wanted in ("ring", "doubling", "ordered"):
         return wanted
     return "doubling" if nbytes <= DOUBLING_NBYTES else "ring"
 
@@ -30,11 +30,17 @@ def allreduce(
     tag: int,
     scale: float = 1.0,
     segment_nbytes: int = ring.SEGMENT_NBYTES,
+    is_ordered: bool = False,
 ) -> Steps:
-    """``flat`` becomes ``scale * (x_0 op ... op x_{p-1})`` on every rank, by the algorithm that suits its size."""
-    algorithm = allreduce_by(flat.nbytes, link.node is not None, link.algorithm)
+    """``flat`` becomes ``scale * (x_0 op ... op x_{p-1})`` on every rank, by the algorithm that suits its size.
+
+    ``is_ordered``: by one whose bits depend on nothing but the contributions and their number.
+    """
+    algorithm = allreduce_by(flat.nbytes, link.node is not None, "ordered" if is_ordered else link.algorithm)
     if algorithm == "shared_memory" and link.node is not None:
         return shared_memory.allreduce(link.node, flat, op, tag, scale)
+    if algorithm == "ordered":
+        return ordered.allreduce(link, flat, op, tag, scale, segment_nbytes)
     if algorithm == "doubling":
         return doubling.allreduce(link, flat, op, tag, scale)
     return ring.allreduce(link, flat, op, tag, scale, segment_nbytes)

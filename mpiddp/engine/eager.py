@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ..collectives.base import ReduceOp
+from ..collectives.reduction import Reduction
 from ..dtypes import dtype_called, scale_
 from .request import Kind, Request, Signature
 
@@ -60,11 +61,13 @@ def answer(signature: Signature, contributions: Sequence[bytes], root: int) -> b
     if signature.dtype in _OF_NUMPY and (signature.scale == 1.0 or signature.dtype in _FLOATS):
         return _by_numpy(signature, contributions)
     result = bytearray(contributions[0])
-    dtype, op = dtype_called(signature.dtype), ReduceOp(signature.op)
-    total = torch.frombuffer(result, dtype=dtype)
-    for contribution in contributions[1:]:
-        op.combine(total, torch.frombuffer(bytearray(contribution), dtype=dtype), out=total)
-    scale_(total, signature.scale)
+    if len(contributions) > 1:
+        dtype, op = dtype_called(signature.dtype), ReduceOp(signature.op)
+        contents = (result, *map(bytearray, contributions[1:]))
+        parts = [torch.frombuffer(content, dtype=dtype) for content in contents]
+        Reduction(op, dtype, signature.scale, len(parts), parts[0].numel())(parts, own=0)
+    else:
+        scale_(torch.frombuffer(result, dtype=dtype_called(signature.dtype)), signature.scale)
     return bytes(result)
 
 

@@ -9,6 +9,7 @@ import torch
 from ..collectives.base import ReduceOp
 from ..compression import Compression
 from ..engine import Channel, Handle, Key, Kind
+from ..errors import ArgumentError
 from ..op import Average, Op, Product, Sum, resolve
 from ..process_set import ProcessSet, global_process_set
 from .submit import channel_of, dense, in_place, submit, wait_for
@@ -50,6 +51,10 @@ def reduce_into(
 ) -> Handle:
     """Reduce the content of ``result`` in place; hand out ``answer``, the caller's own view of it."""
     reduction, divisor = resolve(op, average, channel.link.size)
+    if reduction == ReduceOp.ADASUM and channel.link.algorithm == "ordered":
+        raise ArgumentError(
+            "Adasum does not give the same bits for every layout of ranks: not with MPIDDP_DETERMINISTIC"
+        )
     if not result.dtype.is_floating_point or reduction == ReduceOp.ADASUM:
         check_op(result.dtype, reduction)
     flat, back = in_place(result)
