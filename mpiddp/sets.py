@@ -13,6 +13,8 @@ from .engine import Channel, Engine, Kind, Request, Signature
 from .errors import ArgumentError
 from .memory import NodeMemory
 from .process_set import ProcessSet, global_process_set
+from .transport.among import Among
+from .transport.base import Levels
 from .transport.host import HostLink
 from .transport.mailbox import control_port
 from .transport.node import Node
@@ -23,21 +25,34 @@ __all__ = ["ProcessSets", "open_channel"]
 
 def open_channel(comm: Any, ranks: Sequence[int], world: World, settings: Config, memory: NodeMemory) -> Channel:
     """A channel among world ranks, whose communicator is ``comm``. Collective over them."""
-    nodes = {world.nodes[rank] for rank in ranks}
-    node = None
-    if nodes == {world.nodes[world.rank]}:
-        on_node = [rank for rank in range(world.size) if world.nodes[rank] in nodes]
-        node = Node.over(comm, [on_node.index(rank) for rank in ranks], memory)
-    node_comm: Any = comm.Split(world.nodes[world.rank], comm.rank)
+    here = world.nodes[world.rank]
+    node_comm: Any = comm.Split(here, comm.rank)
+    on_node = [rank for rank in range(world.size) if world.nodes[rank] == here]
+    node = Node.over(node_comm, [on_node.index(rank) for rank in ranks if rank in on_node], memory)
     port = control_port(comm, node_comm)
     node_comm.Free()
+    link = HostLink(comm, "ordered" if settings.deterministic else settings.algorithm)
+    _lay_out(link, [world.nodes[rank] for rank in ranks], node)
     return Channel(
-        HostLink(comm, node, "ordered" if settings.deterministic else settings.algorithm),
+        link,
         port,
         ranks,
         int(settings.fusion_mb * config.MIB),
         settings.segment_kb << 10,
     )
+
+
+def _lay_out(link: HostLink, nodes: Sequence[int], node: Node | None) -> None:
+    """Say how the members lie on ``nodes``; ``node`` is the memory of those on this one."""
+    by_node: dict[int, list[int]] = {}
+    for member, number in enumerate(nodes):
+        by_node.setdefault(number, []).append(member)
+    local = by_node[nodes[link.rank]]
+    if len(by_node) == 1:
+        link.node = node
+    elif len(local) > 1 and all(len(members) == len(local) for members in by_node.values()):
+        place = local.index(link.rank)
+        link.levels = Levels(Among(link, local, node), Among(link, [members[place] for members in by_node.values()]))
 
 
 class ProcessSets:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from mpiddp.transport.base import Pending, Steps, nothing_to_move
+from mpiddp.transport.base import Levels, Pending, Steps, nothing_to_move
 from mpiddp.transport.node import Node
 
 _Key = tuple[int, int, int, int]  # group of links, source and target within it, tag
@@ -126,6 +126,7 @@ class SimulatedLink:
         self.members, self.group = members, group
         self.node: Node | None = None
         self.algorithm = ""
+        self.levels: Levels | None = None
 
     def open(self, flat: torch.Tensor) -> SimulatedRegion:
         return SimulatedRegion(self, flat)

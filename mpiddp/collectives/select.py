@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..transport.base import Link, Steps
-from . import doubling, ordered, ring, shared_memory
+from . import doubling, one_shot, ordered, ring, shared_memory
 from .base import ReduceOp
 
 __all__ = ["DOUBLING_NBYTES", "allreduce", "allreduce_by"]
@@ -38,6 +38,8 @@ def allreduce(
     """
     algorithm = allreduce_by(flat.nbytes, link.node is not None, "ordered" if is_ordered else link.algorithm)
     if algorithm == "shared_memory" and link.node is not None:
+        if one_shot.is_possible(link.node, flat, scale):
+            return one_shot.allreduce(link.node, flat, op, tag, scale)
         return shared_memory.allreduce(link.node, flat, op, tag, scale)
     if algorithm == "ordered":
         return ordered.allreduce(link, flat, op, tag, scale, segment_nbytes)

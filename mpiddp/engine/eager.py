@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 
 from ..collectives.base import ReduceOp
-from ..collectives.reduction import Reduction
+from ..collectives.reduction import NUMPY_DTYPES, Reduction, numpy_can, numpy_reduce
 from ..dtypes import dtype_called, scale_
 from .request import Kind, Request, Signature
 
@@ -27,17 +26,6 @@ _NBYTES = 16 << 10
 
 #: What the coordinator may have to read for one request, of all members together.
 _TOTAL_NBYTES = 256 << 10
-
-
-#: What numpy computes as torch does, to the bit, at a third of the cost for a few KiB.
-_OF_NUMPY = {name: np.dtype(name) for name in ("float32", "float64", "int32", "int64")}
-_FLOATS = ("float32", "float64")
-_COMBINE: dict[int, Any] = {
-    ReduceOp.SUM: np.add,
-    ReduceOp.MIN: np.minimum,
-    ReduceOp.MAX: np.maximum,
-    ReduceOp.PRODUCT: np.multiply,
-}
 
 
 def worthwhile(nbytes: int, size: int) -> bool:
@@ -58,28 +46,19 @@ def answer(signature: Signature, contributions: Sequence[bytes], root: int) -> b
         return b"".join(contributions)
     if not contributions[0]:
         return b""
-    if signature.dtype in _OF_NUMPY and (signature.scale == 1.0 or signature.dtype in _FLOATS):
-        return _by_numpy(signature, contributions)
+    if numpy_can(signature.dtype, signature.scale):
+        dtype = NUMPY_DTYPES[signature.dtype]
+        arrays = [np.frombuffer(contribution, dtype) for contribution in contributions]
+        return numpy_reduce(arrays, signature.op, signature.scale).tobytes()
     result = bytearray(contributions[0])
     if len(contributions) > 1:
-        dtype, op = dtype_called(signature.dtype), ReduceOp(signature.op)
+        torch_dtype, op = dtype_called(signature.dtype), ReduceOp(signature.op)
         contents = (result, *map(bytearray, contributions[1:]))
-        parts = [torch.frombuffer(content, dtype=dtype) for content in contents]
-        Reduction(op, dtype, signature.scale, len(parts), parts[0].numel())(parts, own=0)
+        parts = [torch.frombuffer(content, dtype=torch_dtype) for content in contents]
+        Reduction(op, torch_dtype, signature.scale, len(parts), parts[0].numel())(parts, own=0)
     else:
         scale_(torch.frombuffer(result, dtype=dtype_called(signature.dtype)), signature.scale)
     return bytes(result)
-
-
-def _by_numpy(signature: Signature, contributions: Sequence[bytes]) -> bytes:
-    dtype, combine = _OF_NUMPY[signature.dtype], _COMBINE[signature.op]
-    total = np.frombuffer(contributions[0], dtype)
-    with np.errstate(all="ignore"):  # infinities are no news to who trains
-        for contribution in contributions[1:]:
-            total = combine(total, np.frombuffer(contribution, dtype))
-        if signature.scale != 1.0:
-            total = total * dtype.type(signature.scale)
-    return total.tobytes()
 
 
 def receive(request: Request, data: bytes, extents: Sequence[tuple[int, ...]]) -> None:

@@ -25,7 +25,7 @@ from .stall import StallCheck
 __all__ = ["Engine"]
 
 #: The ladder of waiting: so many pushes at once, then giving the core away between pushes, then short sleeps.
-_SPINS = 20
+_SPINS = 2
 _YIELD_S = 0.02
 _SLEEP_S = 0.0002
 

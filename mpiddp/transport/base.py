@@ -7,14 +7,14 @@ and into which they are received. Whether MPI, shared memory or a simulated netw
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
 from .node import Node
 from .steps import Steps, drain
 
-__all__ = ["Link", "Pending", "Region", "Steps", "drain", "nothing_to_move"]
+__all__ = ["Levels", "Link", "Pending", "Region", "Steps", "drain", "nothing_to_move"]
 
 #: Tests a transfer: True once its buffer may be used again (sent) or read (received). Not to be called after it said
 #: True.
@@ -57,6 +57,11 @@ class Link(Protocol):
         ...
 
     @property
+    def levels(self) -> Levels | None:
+        """How the members lie on nodes, if on several, of as many members each and of more than one."""
+        ...
+
+    @property
     def algorithm(self) -> str:
         """The algorithm that is wanted wherever it is possible; empty: the one that suits."""
         ...
@@ -64,3 +69,10 @@ class Link(Protocol):
     def open(self, flat: torch.Tensor) -> Region:
         """``flat``, a contiguous 1-D tensor, ready for transfers."""
         ...
+
+
+class Levels(NamedTuple):
+    """The members on this node, in the order of their ranks; and those that have this one's place on their nodes."""
+
+    local: Link
+    cross: Link

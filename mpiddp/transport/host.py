@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .base import Pending, nothing_to_move
+from .base import Levels, Pending, nothing_to_move
 from .node import Node
 
 if TYPE_CHECKING:
@@ -54,12 +54,13 @@ class HostRegion:
 class HostLink:
     """The members of ``comm``, reached through host memory: through ``node`` where they share any, else by MPI."""
 
-    __slots__ = ("algorithm", "comm", "node", "rank", "size")
+    __slots__ = ("algorithm", "comm", "levels", "node", "rank", "size")
 
-    def __init__(self, comm: MPI.Intracomm, node: Node | None = None, algorithm: str = "") -> None:
+    def __init__(self, comm: MPI.Intracomm, algorithm: str = "") -> None:
         self.comm = comm
-        self.node = node
+        self.node: Node | None = None
         self.algorithm = algorithm
+        self.levels: Levels | None = None
         self.rank: int = comm.Get_rank()
         self.size: int = comm.Get_size()
 

@@ -23,6 +23,7 @@ import torch
 
 from ..memory.node import NodeMemory
 from ..memory.shared import HEADER_NBYTES, share
+from .areas import Areas
 from .steps import Steps, Until
 from .tags import FIRST_TAG, LANE_TAGS, LANES
 
@@ -84,6 +85,7 @@ class Node:
         self.memory = memory
         self.words = page.cast("q")
         self.local_ranks = list(local_ranks)
+        self.areas: Areas | None = None
         self._slots: dict[int, _Slot] = {}
         self._stages: list[tuple[torch.Tensor, _Slot, int]] = []  # and the last exchange of this member that used it
 
@@ -93,7 +95,11 @@ class Node:
         if comm.size == 1 or not (memory.is_shared and orders_writes()):
             return None
         page = share(comm, HEADER_NBYTES + PAGE_NBYTES * comm.size)
-        return None if page is None else cls(memoryview(page)[HEADER_NBYTES:], local_ranks, comm.rank, memory)
+        if page is None:
+            return None
+        node = cls(memoryview(page)[HEADER_NBYTES:], local_ranks, comm.rank, memory)
+        node.areas = Areas.over(comm, local_ranks, memory, _SLOTS)
+        return node
 
     def enter(self, tag: int) -> Until[Session]:
         """Wait for the tag's slot; all members enter with the same tags in the same order. Use it in a ``with``."""
@@ -148,11 +154,12 @@ class Node:
 class Session:
     """One member's part in one exchange. Ends with the ``with`` block; where that raises, the others wait in vain."""
 
-    __slots__ = ("_mine", "_node", "_slot", "_stage", "_words", "base", "peers", "rank", "size")
+    __slots__ = ("_mine", "_node", "_slot", "_stage", "_words", "base", "peers", "rank", "size", "slot")
 
     def __init__(self, node: Node, slot: _Slot) -> None:
         self._node, self._slot, self._words = node, slot, node.words
         self.rank, self.size, self.base = node.rank, node.size, slot.base
+        self.slot = slot.number
         self._mine = slot.at + node.rank * _WORDS
         self.peers = [(node.rank + distance) % node.size for distance in range(1, node.size)]
         self._stage: torch.Tensor | None = None

@@ -257,3 +257,25 @@ def test_in_a_compiled_function(world: Any) -> None:
         assert torch.equal(compiled(x), expected)
     big = torch.arange(100_000.0)
     assert torch.equal(torch.compile(world.allreduce, backend="eager")(big), big)
+
+
+@pytest.mark.ranks(2, 3, 4)
+def test_small_sums_in_one_step(world: Any) -> None:
+    """Sizes around what fits into an area of shared memory; more of them than there are areas."""
+    from mpiddp.transport.areas import AREA_NBYTES
+
+    most = AREA_NBYTES // 4
+    total = world.size() * (world.size() + 1) // 2
+    for numel in (1, 3, most - 1, most, most + 1):
+        for dtype in (torch.float32, torch.int32):
+            handles = [
+                world.allreduce_async_(torch.full((numel,), k + 1, dtype=dtype) * (world.rank() + 1)) for k in range(3)
+            ]
+            handles += [
+                world.allreduce_async_(torch.full((numel,), float(world.rank() + 1)), op=world.Sum) for _ in range(40)
+            ]
+            for k, handle in enumerate(handles[:3]):
+                expected = torch.full((numel,), (k + 1) * total, dtype=dtype)
+                average = expected / world.size() if dtype.is_floating_point else expected // world.size()
+                assert torch.equal(world.synchronize(handle), average)
+            assert all(torch.equal(world.synchronize(h), torch.full((numel,), float(total))) for h in handles[3:])

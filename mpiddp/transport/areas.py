@@ -1,0 +1,61 @@
+"""A small piece of shared memory for each slot of a node's page and each member: what is no larger needs no staging
+buffer, no places, and no slicing of tensors, each of which costs as much as an exchange of 4 KiB."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..memory.node import NodeMemory
+
+__all__ = ["AREA_NBYTES", "Areas"]
+
+#: What fits. Above it, torch's operations on blocks cost little beside the data.
+AREA_NBYTES = 64 << 10
+
+#: Views that are remembered.
+_MOST_VIEWS = 4096
+
+
+class Areas:
+    """``wholes``: of each member, the memory of all its areas, as bytes."""
+
+    def __init__(self, wholes: Sequence[torch.Tensor]) -> None:
+        self._tensors = list(wholes)  # they keep the mappings alive
+        self._wholes = [whole.numpy() for whole in wholes]
+        self._addresses = [whole.data_ptr() for whole in wholes]
+        self._views: dict[tuple[int, int, np.dtype[Any]], list[np.ndarray[Any, Any]]] = {}
+
+    @classmethod
+    def over(cls, comm: Any, local_ranks: Sequence[int], memory: NodeMemory, slots: int) -> Areas | None:
+        """For the members of ``comm``; None, on all of them, where some member has no memory left. Collective."""
+        own = memory.segments.empty((slots * AREA_NBYTES,), torch.uint8)
+        places = comm.allgather(memory.segments.place(own))
+        if any(place is None for place in places):
+            return None
+        try:
+            wholes = [
+                own if member == comm.rank else memory.tensor(local_ranks[member], place)[: own.nbytes]
+                for member, place in enumerate(places)
+            ]
+        except OSError:
+            wholes = []
+        return cls(wholes) if all(comm.allgather(bool(wholes))) else None
+
+    def address(self, member: int, slot: int) -> int:
+        """Where a member's area begins, in this process."""
+        return self._addresses[member] + slot * AREA_NBYTES
+
+    def views(self, slot: int, nbytes: int, dtype: np.dtype[Any]) -> list[np.ndarray[Any, Any]]:
+        """The first ``nbytes`` of every member's area."""
+        key = slot, nbytes, dtype
+        found = self._views.get(key)
+        if found is None:
+            if len(self._views) >= _MOST_VIEWS:
+                self._views.clear()
+            at = slot * AREA_NBYTES
+            found = self._views[key] = [whole[at : at + nbytes].view(dtype) for whole in self._wholes]
+        return found
