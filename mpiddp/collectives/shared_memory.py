@@ -12,6 +12,8 @@ r-th part, and all take the parts from their owners.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 
 from ..dtypes import scale_
@@ -96,25 +98,26 @@ def _in_place(session: Session, flat: torch.Tensor, reduction: Reduction) -> Ste
 def _direct(
     session: Session, flat: torch.Tensor, reduction: Reduction, stage: torch.Tensor, numel: int, depth: int
 ) -> Steps:
-    """Blocks of ``numel`` elements; ``depth`` of them are in the staging buffer."""
-    blocks = torch.split(flat, numel)
-    room = _room(stage, flat, numel, depth)
-    rooms: list[tuple[torch.Tensor, ...]] = []
+    """Blocks of ``numel`` elements; ``depth`` of them are in the staging buffer.
+
+    What has been staged is reduced first, while it is in the cache; only who would wait stages ahead.
+    """
+    blocks, rank = torch.split(flat, numel), session.rank
+    own = _rooms(stage, blocks, depth)
+    rooms: list[_Rooms] = []
     staged = taken = 0
     while taken < len(blocks):
-        if staged < len(blocks) and staged < taken + depth and _is_free(session, staged, depth):
-            block = blocks[staged]
-            room[staged % depth][: block.numel()].copy_(block)
-            staged += 1
-            session.count(STAGED, staged)
-        elif session.have(STAGED, taken + 1):
-            rooms = rooms or _all_rooms(session, stage, flat, numel, depth)
-            block = blocks[taken]
-            parts = [each[taken % depth][: block.numel()] for each in rooms]
-            parts[session.rank] = block
-            reduction(parts, session.rank)
+        if taken < staged and session.have(STAGED, taken + 1):
+            rooms = rooms or _all_rooms(session, stage, blocks, depth)
+            parts = [each(taken) for each in rooms]
+            parts[rank] = blocks[taken]
+            reduction(parts, rank)
             taken += 1
             session.count(TAKEN, taken)
+        elif staged < min(len(blocks), taken + depth) and _is_free(session, staged, depth):
+            own(staged).copy_(blocks[staged])
+            staged += 1
+            session.count(STAGED, staged)
         else:
             yield staged + taken
 
@@ -124,28 +127,27 @@ def _chunked(
 ) -> Steps:
     """As :func:`_direct`, but each rank reduces its part of each block only, in its own staging buffer."""
     blocks, rank = torch.split(flat, numel), session.rank
-    room = _room(stage, flat, numel, depth)
-    rooms: list[tuple[torch.Tensor, ...]] = []
+    own = _rooms(stage, blocks, depth)
+    rooms: list[_Rooms] = []
     staged = reduced = taken = 0
     while taken < len(blocks):
-        if staged < len(blocks) and staged < taken + depth and _is_free(session, staged, depth):
-            block = blocks[staged]
-            room[staged % depth][: block.numel()].copy_(block)
-            staged += 1
-            session.count(STAGED, staged)
-        elif reduced < staged and session.have(STAGED, reduced + 1):
-            rooms = rooms or _all_rooms(session, stage, flat, numel, depth)
-            lo, hi = aligned_cut(blocks[reduced].numel(), session.size, flat.element_size())[rank]
-            if lo < hi:
-                reduction([each[reduced % depth][lo:hi] for each in rooms], rank)
-            reduced += 1
-            session.count(REDUCED, reduced)
-        elif taken < reduced and session.have(REDUCED, taken + 1):
+        if taken < reduced and session.have(REDUCED, taken + 1):
             block = blocks[taken]
             for owner, (lo, hi) in enumerate(aligned_cut(block.numel(), session.size, flat.element_size())):
-                block[lo:hi].copy_(rooms[owner][taken % depth][lo:hi])
+                block[lo:hi].copy_(rooms[owner](taken)[lo:hi])
             taken += 1
             session.count(TAKEN, taken)
+        elif reduced < staged and session.have(STAGED, reduced + 1):
+            rooms = rooms or _all_rooms(session, stage, blocks, depth)
+            lo, hi = aligned_cut(blocks[reduced].numel(), session.size, flat.element_size())[rank]
+            if lo < hi:
+                reduction([each(reduced)[lo:hi] for each in rooms], rank)
+            reduced += 1
+            session.count(REDUCED, reduced)
+        elif staged < min(len(blocks), taken + depth) and _is_free(session, staged, depth):
+            own(staged).copy_(blocks[staged])
+            staged += 1
+            session.count(STAGED, staged)
         else:
             yield staged + reduced + taken
 
@@ -155,19 +157,23 @@ def _is_free(session: Session, number: int, depth: int) -> bool:
     return number < depth or session.have(TAKEN, number - depth + 1)
 
 
-def _room(stage: torch.Tensor, flat: torch.Tensor, numel: int, depth: int) -> tuple[torch.Tensor, ...]:
-    """The staging buffer, cut into blocks."""
-    return torch.split(stage.view(flat.dtype)[: numel * depth], numel)
+_Rooms = Callable[[int], torch.Tensor]
 
 
-def _all_rooms(
-    session: Session, stage: torch.Tensor, flat: torch.Tensor, numel: int, depth: int
-) -> list[tuple[torch.Tensor, ...]]:
+def _rooms(stage: torch.Tensor, blocks: Sequence[torch.Tensor], depth: int) -> _Rooms:
+    """Where in a staging buffer a block has its place. Slicing costs as much as copying 32 KiB: once for all."""
+    numel, last = blocks[0].numel(), len(blocks) - 1
+    places = torch.split(stage.view(blocks[0].dtype)[: numel * min(depth, len(blocks))], numel)
+    place_of_last = places[last % depth][: blocks[last].numel()]
+    return lambda number: places[number % depth] if number < last else place_of_last
+
+
+def _all_rooms(session: Session, stage: torch.Tensor, blocks: Sequence[torch.Tensor], depth: int) -> list[_Rooms]:
     """Every member's, once all peers have staged something."""
     stages = [
         stage if member == session.rank else session.peer_stage(member, stage.nbytes) for member in range(session.size)
     ]
-    return [_room(each, flat, numel, depth) for each in stages]
+    return [_rooms(each, blocks, depth) for each in stages]
 
 
 def aligned_cut(numel: int, pieces: int, itemsize: int) -> list[tuple[int, int]]:
