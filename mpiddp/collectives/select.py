@@ -5,19 +5,22 @@ from __future__ import annotations
 import torch
 
 from ..transport.base import Link, Steps
-from . import doubling, ring, shared_memory
-from .base import ReduceOp
+from ..transport.node import Node
+from . import doubling, pairwise, ring, shared_memory, shared_rounds, tree
+from .base import Bounds, ReduceOp
 
-__all__ = ["DOUBLING_NBYTES", "allreduce", "allreduce_by"]
+__all__ = ["DOUBLING_NBYTES", "allgather", "allreduce", "allreduce_by", "alltoall", "broadcast", "reduce_scatter"]
 
 #: Up to here the number of steps counts, above it the bytes. Measured at 2 to 4 ranks on one host.
 DOUBLING_NBYTES = 32 << 10
 
+SHARED_MEMORY = "shared_memory"
+
 
 def allreduce_by(nbytes: int, is_shared: bool, wanted: str = "") -> str:
     """The name of the algorithm of an all-reduce of so many bytes. ``is_shared``: all members share memory."""
-    if is_shared and wanted in ("", "shared_memory"):
-        return "shared_memory"
+    if is_shared and wanted in ("", SHARED_MEMORY):
+        return SHARED_MEMORY
     if wanted in ("ring", "doubling"):
         return wanted
     return "doubling" if nbytes <= DOUBLING_NBYTES else "ring"
@@ -33,8 +36,58 @@ def allreduce(
 ) -> Steps:
     """``flat`` becomes ``scale * (x_0 op ... op x_{p-1})`` on every rank, by the algorithm that suits its size."""
     algorithm = allreduce_by(flat.nbytes, link.node is not None, link.algorithm)
-    if algorithm == "shared_memory" and link.node is not None:
+    if algorithm == SHARED_MEMORY and link.node is not None:
         return shared_memory.allreduce(link.node, flat, op, tag, scale)
     if algorithm == "doubling":
         return doubling.allreduce(link, flat, op, tag, scale)
     return ring.allreduce(link, flat, op, tag, scale, segment_nbytes)
+
+
+def _shared(link: Link) -> Node | None:
+    """The node's memory, where exchanges are to go through it."""
+    return link.node if link.algorithm in ("", SHARED_MEMORY) else None
+
+
+def reduce_scatter(
+    link: Link,
+    flat: torch.Tensor,
+    bounds: Bounds,
+    op: ReduceOp,
+    tag: int,
+    scale: float = 1.0,
+    segment_nbytes: int = ring.SEGMENT_NBYTES,
+) -> Steps:
+    """``flat[slice(*bounds[r])]`` becomes the reduction of that chunk on rank r; the others may be overwritten."""
+    node = _shared(link)
+    if node is not None:
+        return shared_rounds.reduce_scatter(node, flat, bounds, op, tag, scale)
+    return ring.reduce_scatter(link, flat, bounds, op, tag, scale, segment_nbytes)
+
+
+def allgather(
+    link: Link, flat: torch.Tensor, bounds: Bounds, tag: int, segment_nbytes: int = ring.SEGMENT_NBYTES
+) -> Steps:
+    """Every rank's ``flat[slice(*bounds[r])]`` reaches all ranks."""
+    node = _shared(link)
+    if node is not None:
+        return shared_rounds.allgather(node, flat, bounds, tag)
+    return ring.allgather(link, flat, bounds, tag, segment_nbytes)
+
+
+def broadcast(link: Link, flat: torch.Tensor, root: int, tag: int) -> Steps:
+    """``flat`` becomes what it is on ``root``, a member's rank, on every rank."""
+    node = _shared(link)
+    if node is not None:
+        return shared_rounds.broadcast(node, flat, root, tag)
+    return tree.broadcast(link, flat, root, tag)
+
+
+def alltoall(
+    link: Link, source: torch.Tensor, outgoing: Bounds, target: torch.Tensor, incoming: Bounds, tag: int
+) -> Steps:
+    """``source[slice(*outgoing[r])]`` reaches rank r; what rank r sends here lands in
+    ``target[slice(*incoming[r])]``."""
+    node = _shared(link)
+    if node is not None:
+        return shared_rounds.alltoall(node, source, outgoing, target, incoming, tag)
+    return pairwise.alltoall(link, source, outgoing, target, incoming, tag)

@@ -22,7 +22,7 @@ from ..transport.node import ARRIVED, REDUCED, STAGED, TAKEN, Node, Session
 from .base import ReduceOp, cut
 from .reduction import Reduction
 
-__all__ = ["allreduce"]
+__all__ = ["BLOCK_NBYTES", "DEPTH", "STAGED_NBYTES", "allreduce", "block_numel", "most_numel"]
 
 #: What is reduced at once of a tensor in shared memory: two or three such blocks fit in a core's L2 cache.
 BLOCK_NBYTES = 256 << 10
@@ -45,11 +45,20 @@ def allreduce(node: Node, flat: torch.Tensor, op: ReduceOp, tag: int, scale: flo
     """``flat`` becomes ``scale * (x_0 op x_1 op ... op x_{p-1})`` on every rank, bit for bit the same."""
     if node.size == 1 or flat.numel() == 0:
         return _alone(flat, scale)
-    numel = max(1, min(flat.numel(), BLOCK_NBYTES // flat.element_size()))
-    reduction = Reduction(op, flat.dtype, scale, node.size, numel)
+    reduction = Reduction(op, flat.dtype, scale, node.size, min(flat.numel(), most_numel(flat)))
     if flat.nbytes * (node.size - 1) <= DIRECT_NBYTES:
         return _small(node, flat, reduction, tag)
     return _steps(node, flat, reduction, tag)
+
+
+def block_numel(nbytes: int, flat: torch.Tensor) -> int:
+    """The length of a block of so many bytes; 16-bit floats are reduced in float32, so their blocks are counted so."""
+    return nbytes // max(4, flat.element_size())
+
+
+def most_numel(flat: torch.Tensor) -> int:
+    """The length of the longest block that is reduced at once."""
+    return block_numel(max(BLOCK_NBYTES, STAGED_NBYTES), flat)
 
 
 def _alone(flat: torch.Tensor, scale: float) -> Steps:
@@ -60,7 +69,7 @@ def _alone(flat: torch.Tensor, scale: float) -> Steps:
 def _small(node: Node, flat: torch.Tensor, reduction: Reduction, tag: int) -> Steps:
     with (yield from node.enter(tag)) as session:
         nbytes = _SMALL_NBYTES if flat.nbytes <= _SMALL_NBYTES else DEPTH * STAGED_NBYTES
-        yield from _direct(session, flat, reduction, session.stage(nbytes), flat.numel(), 1)
+        yield from _direct(session, flat, reduction, session.stage(nbytes), min(flat.numel(), most_numel(flat)), DEPTH)
 
 
 def _steps(node: Node, flat: torch.Tensor, reduction: Reduction, tag: int) -> Steps:
@@ -72,7 +81,7 @@ def _steps(node: Node, flat: torch.Tensor, reduction: Reduction, tag: int) -> St
             if session.all_shown():
                 yield from _in_place(session, flat, reduction)
                 return
-        stage, numel = session.stage(DEPTH * STAGED_NBYTES), STAGED_NBYTES // flat.element_size()
+        stage, numel = session.stage(DEPTH * STAGED_NBYTES), block_numel(STAGED_NBYTES, flat)
         if node.size == 2:
             yield from _direct(session, flat, reduction, stage, numel, DEPTH)
         else:
@@ -80,7 +89,7 @@ def _steps(node: Node, flat: torch.Tensor, reduction: Reduction, tag: int) -> St
 
 
 def _in_place(session: Session, flat: torch.Tensor, reduction: Reduction) -> Steps:
-    rank, peers, numel = session.rank, session.peers, BLOCK_NBYTES // flat.element_size()
+    rank, peers, numel = session.rank, session.peers, block_numel(BLOCK_NBYTES, flat)
     lo, hi = aligned_cut(flat.numel(), session.size, flat.element_size())[rank]
     tensors = [flat if member == rank else session.tensor(member, flat) for member in range(session.size)]
     blocks = zip(*(torch.split(tensor[lo:hi], numel) for tensor in tensors), strict=True)
