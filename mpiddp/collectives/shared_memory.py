@@ -20,7 +20,7 @@ from ..dtypes import scale_
 from ..transport.base import Steps
 from ..transport.node import ARRIVED, REDUCED, STAGED, TAKEN, Node, Session
 from .base import ReduceOp, cut
-from .reduction import Reduction
+from .reduction import Reduction, may_scale_first
 
 __all__ = ["BLOCK_NBYTES", "DEPTH", "STAGED_NBYTES", "allreduce", "block_numel", "most_numel"]
 
@@ -45,10 +45,14 @@ def allreduce(node: Node, flat: torch.Tensor, op: ReduceOp, tag: int, scale: flo
     """``flat`` becomes ``scale * (x_0 op x_1 op ... op x_{p-1})`` on every rank, bit for bit the same."""
     if node.size == 1 or flat.numel() == 0:
         return _alone(flat, scale)
-    reduction = Reduction(op, flat.dtype, scale, node.size, min(flat.numel(), most_numel(flat)))
-    if flat.nbytes * (node.size - 1) <= DIRECT_NBYTES:
-        return _small(node, flat, reduction, tag)
-    return _steps(node, flat, reduction, tag)
+    numel = min(flat.numel(), most_numel(flat))
+    is_small = flat.nbytes * (node.size - 1) <= DIRECT_NBYTES
+    first = scale if (is_small or node.size == 2) and may_scale_first(op, flat.dtype, scale) else 1.0
+    direct = Reduction(op, flat.dtype, scale / first, node.size, numel)
+    if is_small:
+        return _small(node, flat, direct, first, tag)
+    whole = direct if first == 1.0 else Reduction(op, flat.dtype, scale, node.size, numel)
+    return _steps(node, flat, whole, direct, first, tag)
 
 
 def block_numel(nbytes: int, flat: torch.Tensor) -> int:
@@ -66,13 +70,13 @@ def _alone(flat: torch.Tensor, scale: float) -> Steps:
     yield from ()
 
 
-def _small(node: Node, flat: torch.Tensor, reduction: Reduction, tag: int) -> Steps:
+def _small(node: Node, flat: torch.Tensor, reduction: Reduction, first: float, tag: int) -> Steps:
     with (yield from node.enter(tag)) as session:
         nbytes = _SMALL_NBYTES if flat.nbytes <= _SMALL_NBYTES else DEPTH * STAGED_NBYTES
-        yield from _direct(session, flat, reduction, session.stage(nbytes), min(flat.numel(), most_numel(flat)), DEPTH)
+        yield from _direct(session, flat, reduction, first, session.stage(nbytes), most_numel(flat))
 
 
-def _steps(node: Node, flat: torch.Tensor, reduction: Reduction, tag: int) -> Steps:
+def _steps(node: Node, flat: torch.Tensor, reduction: Reduction, direct: Reduction, first: float, tag: int) -> Steps:
     with (yield from node.enter(tag)) as session:
         is_shown = session.show(flat)
         session.count(ARRIVED, 1)
@@ -83,9 +87,9 @@ def _steps(node: Node, flat: torch.Tensor, reduction: Reduction, tag: int) -> St
                 return
         stage, numel = session.stage(DEPTH * STAGED_NBYTES), block_numel(STAGED_NBYTES, flat)
         if node.size == 2:
-            yield from _direct(session, flat, reduction, stage, numel, DEPTH)
+            yield from _direct(session, flat, direct, first, stage, numel)
         else:
-            yield from _chunked(session, flat, reduction, stage, numel, DEPTH)
+            yield from _chunked(session, flat, reduction, stage, numel)
 
 
 def _in_place(session: Session, flat: torch.Tensor, reduction: Reduction) -> Steps:
@@ -95,7 +99,7 @@ def _in_place(session: Session, flat: torch.Tensor, reduction: Reduction) -> Ste
     blocks = zip(*(torch.split(tensor[lo:hi], numel) for tensor in tensors), strict=True)
     turn = _TURN_NBYTES // BLOCK_NBYTES
     for number, parts in enumerate(blocks if lo < hi else ()):
-        reduction(parts, rank)
+        reduction(parts, parts[rank])
         for peer in peers:
             parts[peer].copy_(parts[rank])
         if number % turn == turn - 1:
@@ -105,37 +109,40 @@ def _in_place(session: Session, flat: torch.Tensor, reduction: Reduction) -> Ste
 
 
 def _direct(
-    session: Session, flat: torch.Tensor, reduction: Reduction, stage: torch.Tensor, numel: int, depth: int
+    session: Session, flat: torch.Tensor, reduction: Reduction, first: float, stage: torch.Tensor, numel: int
 ) -> Steps:
-    """Blocks of ``numel`` elements; ``depth`` of them are in the staging buffer.
+    """Blocks of ``numel`` elements at most, scaled by ``first`` on their way into the staging buffer.
 
     What has been staged is reduced first, while it is in the cache; only who would wait stages ahead.
     """
-    blocks, rank = torch.split(flat, numel), session.rank
+    blocks, rank, depth = torch.split(flat, numel), session.rank, DEPTH
     own = _rooms(stage, blocks, depth)
     rooms: list[_Rooms] = []
     staged = taken = 0
     while taken < len(blocks):
         if taken < staged and session.have(STAGED, taken + 1):
             rooms = rooms or _all_rooms(session, stage, blocks, depth)
+            block = blocks[taken]
             parts = [each(taken) for each in rooms]
-            parts[rank] = blocks[taken]
-            reduction(parts, rank)
+            if first == 1.0:
+                parts[rank] = block
+            reduction(parts, block)
             taken += 1
             session.count(TAKEN, taken)
         elif staged < min(len(blocks), taken + depth) and _is_free(session, staged, depth):
-            own(staged).copy_(blocks[staged])
+            if first == 1.0:
+                own(staged).copy_(blocks[staged])
+            else:
+                torch.mul(blocks[staged], first, out=own(staged))
             staged += 1
             session.count(STAGED, staged)
         else:
             yield staged + taken
 
 
-def _chunked(
-    session: Session, flat: torch.Tensor, reduction: Reduction, stage: torch.Tensor, numel: int, depth: int
-) -> Steps:
+def _chunked(session: Session, flat: torch.Tensor, reduction: Reduction, stage: torch.Tensor, numel: int) -> Steps:
     """As :func:`_direct`, but each rank reduces its part of each block only, in its own staging buffer."""
-    blocks, rank = torch.split(flat, numel), session.rank
+    blocks, rank, depth = torch.split(flat, numel), session.rank, DEPTH
     own = _rooms(stage, blocks, depth)
     rooms: list[_Rooms] = []
     staged = reduced = taken = 0
@@ -150,7 +157,8 @@ def _chunked(
             rooms = rooms or _all_rooms(session, stage, blocks, depth)
             lo, hi = aligned_cut(blocks[reduced].numel(), session.size, flat.element_size())[rank]
             if lo < hi:
-                reduction([each(reduced)[lo:hi] for each in rooms], rank)
+                parts = [each(reduced)[lo:hi] for each in rooms]
+                reduction(parts, parts[rank])
             reduced += 1
             session.count(REDUCED, reduced)
         elif staged < min(len(blocks), taken + depth) and _is_free(session, staged, depth):

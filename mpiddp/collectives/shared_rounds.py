@@ -43,7 +43,8 @@ def reduce_scatter(node: Node, flat: torch.Tensor, bounds: Bounds, op: ReduceOp,
             tensors = [flat if m == node.rank else session.tensor(m, flat) for m in range(node.size)]
             for at in range(lo, hi, numel):
                 end = min(at + numel, hi)
-                reduction([tensor[at:end] for tensor in tensors], node.rank)
+                parts = [tensor[at:end] for tensor in tensors]
+                reduction(parts, parts[node.rank])
         else:
             pieces: dict[int, torch.Tensor] = {}
 
@@ -51,7 +52,7 @@ def reduce_scatter(node: Node, flat: torch.Tensor, bounds: Bounds, op: ReduceOp,
                 pieces[peer] = piece
                 if len(pieces) == node.size - 1:
                     pieces[node.rank] = flat[lo + at : lo + at + piece.numel()]
-                    reduction([pieces[member] for member in range(node.size)], node.rank)
+                    reduction([pieces[member] for member in range(node.size)], pieces[node.rank])
                     pieces.clear()
 
             yield from _rounds(session, flat, bounds, [hi - lo] * node.size, take)
