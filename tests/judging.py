@@ -50,7 +50,7 @@ def _narrow(draw: random.Random) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(channel, "_RUNNING", running)
         patch.setattr(channel, "FIRST_TAG", draw.choice((running, running + 3, 8192)))
-        patch.setattr(lane, "_TAGS", draw.choice((1, 3, 512)))
+        patch.setattr(lane, "LANE_TAGS", draw.choice((1, 3, 512)))
         patch.setattr(member, "TABLE_ENTRIES", draw.choice((1, 3, 4096)))
         yield
 
