@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from mpiddp.memory.mapping import MemoryFiles, NamedFiles, SharedFiles, open_and_map
+from mpiddp.memory.mapping import MemoryFiles, NamedFiles, SharedFiles, open_and_map, orders_writes
 from mpiddp.memory.node import LOG_WORDS, NodeMemory
 from mpiddp.memory.segments import Segments
 from mpiddp.transport import node as node_module
-from mpiddp.transport.node import Node, orders_writes
+from mpiddp.transport.node import Node
 from mpiddp.transport.steps import drain
 from tests.simulated_node import nodes
 
@@ -179,7 +179,7 @@ def test_a_forked_child_leaves_the_parents_memory_alone(pair: tuple[NodeMemory, 
     del tensor
 
 
-def test_only_processors_that_order_writes_are_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_processors_that_order_writes_are_trusted() -> None:
     assert orders_writes("x86_64") and orders_writes("AMD64") and not orders_writes("aarch64")
 
 
