@@ -135,12 +135,15 @@ class SimulatedLink:
 def run(network: Network, exchanges: Sequence[Steps]) -> None:
     """Resume the exchanges, and deliver messages, in random order until all have ended."""
     alive = dict(enumerate(exchanges))
+    marks: dict[int, object] = {}
     idle_rounds = 0
     while alive:
         progressed = network.random.random() < 0.7 and network.deliver()
         rank = network.random.choice(list(alive))
         try:
-            next(alive[rank])
+            mark = next(alive[rank])
+            progressed |= mark != marks.get(rank)
+            marks[rank] = mark
         except StopIteration:
             del alive[rank]
             progressed = True

@@ -191,4 +191,4 @@ class _Direct:
             own if member == self.link.rank else self.scratch[slice(*self._room(member, k))]
             for member in range(self.link.size)
         ]
-        self.reduction(parts, self.link.rank)
+        self.reduction(parts, own)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from .base import ReduceOp
 
 _Array = np.ndarray[Any, Any]
 
-__all__ = ["NUMPY_DTYPES", "Reduction", "numpy_can", "numpy_reduce"]
+__all__ = ["NUMPY_DTYPES", "Reduction", "may_scale_first", "numpy_can", "numpy_reduce"]
 
 #: What numpy computes as torch does, to the bit, at a third of the cost for a few KiB.
 NUMPY_DTYPES = {name: np.dtype(name) for name in ("float32", "float64", "int32", "int64")}
@@ -57,13 +58,14 @@ class Reduction:
         self._scratch = torch.empty(numel, dtype=torch.float32 if self._is_wide else dtype)
         self._second = torch.empty_like(self._scratch) if self._is_wide else self._scratch
 
-    def __call__(self, parts: Sequence[torch.Tensor], own: int) -> None:
-        """``parts[own]`` becomes the reduction of ``parts``, combined in their order."""
+    def __call__(self, parts: Sequence[torch.Tensor], out: torch.Tensor) -> None:
+        """``out``, which may be one of ``parts``, becomes their reduction, combined in their order."""
         if self._is_wide:
-            self._reduce_wide(parts, own)
+            self._reduce_wide(parts, out)
             return
-        combine, out = self.op.combine, parts[own]
-        total = out if own < 2 else self._scratch[: out.numel()]
+        combine, total = self.op.combine, out
+        if any(part is out for part in parts[2:]):  # it is read after the first sum is written
+            total = self._scratch[: out.numel()]
         combine(parts[0], parts[1], total)
         for part in parts[2:]:
             combine(total, part, total)
@@ -72,8 +74,8 @@ class Reduction:
         if total is not out:
             out.copy_(total)
 
-    def _reduce_wide(self, parts: Sequence[torch.Tensor], own: int) -> None:
-        numel = parts[own].numel()
+    def _reduce_wide(self, parts: Sequence[torch.Tensor], out: torch.Tensor) -> None:
+        numel = out.numel()
         total, second = self._scratch[:numel], self._second[:numel]
         total.copy_(parts[0])
         for part in parts[1:]:
@@ -81,4 +83,10 @@ class Reduction:
             self.op.combine(total, second, total)
         if self._scale != 1.0:
             total.mul_(self._scale)
-        parts[own].copy_(total)
+        out.copy_(total)
+
+
+def may_scale_first(op: ReduceOp, dtype: torch.dtype, scale: float) -> bool:
+    """Whether each contribution may be scaled before the sum: where that rounds nothing, but for subnormal numbers."""
+    is_power_of_two = scale > 0 and math.frexp(scale)[0] == 0.5
+    return op is ReduceOp.SUM and dtype in (torch.float32, torch.float64) and is_power_of_two and scale != 1.0

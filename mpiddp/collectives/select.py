@@ -5,20 +5,23 @@ from __future__ import annotations
 import torch
 
 from ..transport.base import Link, Steps
-from . import doubling, one_shot, ordered, ring, shared_memory
-from .base import ReduceOp
+from ..transport.node import Node
+from . import doubling, one_shot, ordered, pairwise, ring, shared_memory, shared_rounds, tree
+from .base import Bounds, ReduceOp
 
-__all__ = ["DOUBLING_NBYTES", "allreduce", "allreduce_by"]
+__all__ = ["DOUBLING_NBYTES", "allgather", "allreduce", "allreduce_by", "alltoall", "broadcast", "reduce_scatter"]
 
 #: Up to here the number of steps counts, above it the bytes. Measured at 2 to 4 ranks on one host.
 DOUBLING_NBYTES = 32 << 10
 
+SHARED_MEMORY, ORDERED = "shared_memory", "ordered"
+
 
 def allreduce_by(nbytes: int, is_shared: bool, wanted: str = "") -> str:
     """The name of the algorithm of an all-reduce of so many bytes. ``is_shared``: all members share memory."""
-    if is_shared and wanted in ("", "shared_memory", "ordered"):  # it is ordered, too, with the same bits
-        return "shared_memory"
-    if wanted in ("ring", "doubling", "ordered"):
+    if is_shared and wanted in ("", SHARED_MEMORY, ORDERED):  # it is ordered, too, with the same bits
+        return SHARED_MEMORY
+    if wanted in ("ring", "doubling", ORDERED):
         return wanted
     return "doubling" if nbytes <= DOUBLING_NBYTES else "ring"
 
@@ -36,13 +39,67 @@ def allreduce(
 
     ``is_ordered``: by one whose bits depend on nothing but the contributions and their number.
     """
-    algorithm = allreduce_by(flat.nbytes, link.node is not None, "ordered" if is_ordered else link.algorithm)
-    if algorithm == "shared_memory" and link.node is not None:
+    is_ordered |= link.algorithm == ORDERED
+    algorithm = allreduce_by(flat.nbytes, link.node is not None, ORDERED if is_ordered else link.algorithm)
+    if algorithm == SHARED_MEMORY and link.node is not None:
         if one_shot.is_possible(link.node, flat, scale):
             return one_shot.allreduce(link.node, flat, op, tag, scale)
-        return shared_memory.allreduce(link.node, flat, op, tag, scale)
-    if algorithm == "ordered":
+        return shared_memory.allreduce(link.node, flat, op, tag, scale, is_ordered)
+    if algorithm == ORDERED:
         return ordered.allreduce(link, flat, op, tag, scale, segment_nbytes)
     if algorithm == "doubling":
         return doubling.allreduce(link, flat, op, tag, scale)
     return ring.allreduce(link, flat, op, tag, scale, segment_nbytes)
+
+
+def _shared(link: Link) -> Node | None:
+    """The node's memory, where exchanges are to go through it."""
+    return link.node if link.algorithm in ("", SHARED_MEMORY, ORDERED) else None
+
+
+def reduce_scatter(
+    link: Link,
+    flat: torch.Tensor,
+    bounds: Bounds,
+    op: ReduceOp,
+    tag: int,
+    scale: float = 1.0,
+    segment_nbytes: int = ring.SEGMENT_NBYTES,
+    is_ordered: bool = False,
+) -> Steps:
+    """``flat[slice(*bounds[r])]`` becomes the reduction of that chunk on rank r; the others may be overwritten."""
+    node = _shared(link)
+    if node is not None:
+        return shared_rounds.reduce_scatter(node, flat, bounds, op, tag, scale)
+    if is_ordered or link.algorithm == ORDERED:
+        return ordered.reduce_scatter(link, flat, bounds, op, tag, scale, segment_nbytes)
+    return ring.reduce_scatter(link, flat, bounds, op, tag, scale, segment_nbytes)
+
+
+def allgather(
+    link: Link, flat: torch.Tensor, bounds: Bounds, tag: int, segment_nbytes: int = ring.SEGMENT_NBYTES
+) -> Steps:
+    """Every rank's ``flat[slice(*bounds[r])]`` reaches all ranks."""
+    node = _shared(link)
+    if node is not None:
+        return shared_rounds.allgather(node, flat, bounds, tag)
+    return ring.allgather(link, flat, bounds, tag, segment_nbytes)
+
+
+def broadcast(link: Link, flat: torch.Tensor, root: int, tag: int) -> Steps:
+    """``flat`` becomes what it is on ``root``, a member's rank, on every rank."""
+    node = _shared(link)
+    if node is not None:
+        return shared_rounds.broadcast(node, flat, root, tag)
+    return tree.broadcast(link, flat, root, tag)
+
+
+def alltoall(
+    link: Link, source: torch.Tensor, outgoing: Bounds, target: torch.Tensor, incoming: Bounds, tag: int
+) -> Steps:
+    """``source[slice(*outgoing[r])]`` reaches rank r; what rank r sends here lands in
+    ``target[slice(*incoming[r])]``."""
+    node = _shared(link)
+    if node is not None:
+        return shared_rounds.alltoall(node, source, outgoing, target, incoming, tag)
+    return pairwise.alltoall(link, source, outgoing, target, incoming, tag)

@@ -12,15 +12,17 @@ r-th part, and all take the parts from their owners.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 
 from ..dtypes import scale_
 from ..transport.base import Steps
 from ..transport.node import ARRIVED, REDUCED, STAGED, TAKEN, Node, Session
 from .base import ReduceOp, cut
-from .reduction import Reduction
+from .reduction import Reduction, may_scale_first
 
-__all__ = ["allreduce"]
+__all__ = ["BLOCK_NBYTES", "DEPTH", "STAGED_NBYTES", "allreduce", "block_numel", "most_numel"]
 
 #: What is reduced at once of a tensor in shared memory: two or three such blocks fit in a core's L2 cache.
 BLOCK_NBYTES = 256 << 10
@@ -39,15 +41,34 @@ _TURN_NBYTES = 4 << 20
 _LINE_NBYTES = 64
 
 
-def allreduce(node: Node, flat: torch.Tensor, op: ReduceOp, tag: int, scale: float = 1.0) -> Steps:
-    """``flat`` becomes ``scale * (x_0 op x_1 op ... op x_{p-1})`` on every rank, bit for bit the same."""
+def allreduce(
+    node: Node, flat: torch.Tensor, op: ReduceOp, tag: int, scale: float = 1.0, is_ordered: bool = False
+) -> Steps:
+    """``flat`` becomes ``scale * (x_0 op x_1 op ... op x_{p-1})`` on every rank, bit for bit the same.
+
+    ``is_ordered``: the same bits for subnormal numbers and at the edge of overflow, too, as if nothing was staged.
+    """
     if node.size == 1 or flat.numel() == 0:
         return _alone(flat, scale)
-    numel = max(1, min(flat.numel(), BLOCK_NBYTES // flat.element_size()))
-    reduction = Reduction(op, flat.dtype, scale, node.size, numel)
-    if flat.nbytes * (node.size - 1) <= DIRECT_NBYTES:
-        return _small(node, flat, reduction, tag)
-    return _steps(node, flat, reduction, tag)
+    numel = min(flat.numel(), most_numel(flat))
+    is_small = flat.nbytes * (node.size - 1) <= DIRECT_NBYTES
+    is_direct = (is_small or node.size == 2) and not is_ordered
+    first = scale if is_direct and may_scale_first(op, flat.dtype, scale) else 1.0
+    direct = Reduction(op, flat.dtype, scale / first, node.size, numel)
+    if is_small:
+        return _small(node, flat, direct, first, tag)
+    whole = direct if first == 1.0 else Reduction(op, flat.dtype, scale, node.size, numel)
+    return _steps(node, flat, whole, direct, first, tag)
+
+
+def block_numel(nbytes: int, flat: torch.Tensor) -> int:
+    """The length of a block of so many bytes; 16-bit floats are reduced in float32, so their blocks are counted so."""
+    return nbytes // max(4, flat.element_size())
+
+
+def most_numel(flat: torch.Tensor) -> int:
+    """The length of the longest block that is reduced at once."""
+    return block_numel(max(BLOCK_NBYTES, STAGED_NBYTES), flat)
 
 
 def _alone(flat: torch.Tensor, scale: float) -> Steps:
@@ -55,13 +76,13 @@ def _alone(flat: torch.Tensor, scale: float) -> Steps:
     yield from ()
 
 
-def _small(node: Node, flat: torch.Tensor, reduction: Reduction, tag: int) -> Steps:
+def _small(node: Node, flat: torch.Tensor, reduction: Reduction, first: float, tag: int) -> Steps:
     with (yield from node.enter(tag)) as session:
         nbytes = _SMALL_NBYTES if flat.nbytes <= _SMALL_NBYTES else DEPTH * STAGED_NBYTES
-        yield from _direct(session, flat, reduction, session.stage(nbytes), flat.numel(), 1)
+        yield from _direct(session, flat, reduction, first, session.stage(nbytes), most_numel(flat))
 
 
-def _steps(node: Node, flat: torch.Tensor, reduction: Reduction, tag: int) -> Steps:
+def _steps(node: Node, flat: torch.Tensor, reduction: Reduction, direct: Reduction, first: float, tag: int) -> Steps:
     with (yield from node.enter(tag)) as session:
         is_shown = session.show(flat)
         session.count(ARRIVED, 1)
@@ -70,21 +91,21 @@ def _steps(node: Node, flat: torch.Tensor, reduction: Reduction, tag: int) -> St
             if session.all_shown():
                 yield from _in_place(session, flat, reduction)
                 return
-        stage, numel = session.stage(DEPTH * STAGED_NBYTES), STAGED_NBYTES // flat.element_size()
+        stage, numel = session.stage(DEPTH * STAGED_NBYTES), block_numel(STAGED_NBYTES, flat)
         if node.size == 2:
-            yield from _direct(session, flat, reduction, stage, numel, DEPTH)
+            yield from _direct(session, flat, direct, first, stage, numel)
         else:
-            yield from _chunked(session, flat, reduction, stage, numel, DEPTH)
+            yield from _chunked(session, flat, reduction, stage, numel)
 
 
 def _in_place(session: Session, flat: torch.Tensor, reduction: Reduction) -> Steps:
-    rank, peers, numel = session.rank, session.peers, BLOCK_NBYTES // flat.element_size()
+    rank, peers, numel = session.rank, session.peers, block_numel(BLOCK_NBYTES, flat)
     lo, hi = aligned_cut(flat.numel(), session.size, flat.element_size())[rank]
     tensors = [flat if member == rank else session.tensor(member, flat) for member in range(session.size)]
     blocks = zip(*(torch.split(tensor[lo:hi], numel) for tensor in tensors), strict=True)
     turn = _TURN_NBYTES // BLOCK_NBYTES
     for number, parts in enumerate(blocks if lo < hi else ()):
-        reduction(parts, rank)
+        reduction(parts, parts[rank])
         for peer in peers:
             parts[peer].copy_(parts[rank])
         if number % turn == turn - 1:
@@ -94,58 +115,62 @@ def _in_place(session: Session, flat: torch.Tensor, reduction: Reduction) -> Ste
 
 
 def _direct(
-    session: Session, flat: torch.Tensor, reduction: Reduction, stage: torch.Tensor, numel: int, depth: int
+    session: Session, flat: torch.Tensor, reduction: Reduction, first: float, stage: torch.Tensor, numel: int
 ) -> Steps:
-    """Blocks of ``numel`` elements; ``depth`` of them are in the staging buffer."""
-    blocks = torch.split(flat, numel)
-    room = _room(stage, flat, numel, depth)
-    rooms: list[tuple[torch.Tensor, ...]] = []
+    """Blocks of ``numel`` elements at most, scaled by ``first`` on their way into the staging buffer.
+
+    What has been staged is reduced first, while it is in the cache; only who would wait stages ahead.
+    """
+    blocks, rank, depth = torch.split(flat, numel), session.rank, DEPTH
+    own = _rooms(stage, blocks, depth)
+    rooms: list[_Rooms] = []
     staged = taken = 0
     while taken < len(blocks):
-        if staged < len(blocks) and staged < taken + depth and _is_free(session, staged, depth):
-            block = blocks[staged]
-            room[staged % depth][: block.numel()].copy_(block)
-            staged += 1
-            session.count(STAGED, staged)
-        elif session.have(STAGED, taken + 1):
-            rooms = rooms or _all_rooms(session, stage, flat, numel, depth)
+        if taken < staged and session.have(STAGED, taken + 1):
+            rooms = rooms or _all_rooms(session, stage, blocks, depth)
             block = blocks[taken]
-            parts = [each[taken % depth][: block.numel()] for each in rooms]
-            parts[session.rank] = block
-            reduction(parts, session.rank)
+            parts = [each(taken) for each in rooms]
+            if first == 1.0:
+                parts[rank] = block
+            reduction(parts, block)
             taken += 1
             session.count(TAKEN, taken)
+        elif staged < min(len(blocks), taken + depth) and _is_free(session, staged, depth):
+            if first == 1.0:
+                own(staged).copy_(blocks[staged])
+            else:
+                torch.mul(blocks[staged], first, out=own(staged))
+            staged += 1
+            session.count(STAGED, staged)
         else:
             yield staged + taken
 
 
-def _chunked(
-    session: Session, flat: torch.Tensor, reduction: Reduction, stage: torch.Tensor, numel: int, depth: int
-) -> Steps:
+def _chunked(session: Session, flat: torch.Tensor, reduction: Reduction, stage: torch.Tensor, numel: int) -> Steps:
     """As :func:`_direct`, but each rank reduces its part of each block only, in its own staging buffer."""
-    blocks, rank = torch.split(flat, numel), session.rank
-    room = _room(stage, flat, numel, depth)
-    rooms: list[tuple[torch.Tensor, ...]] = []
+    blocks, rank, depth = torch.split(flat, numel), session.rank, DEPTH
+    own = _rooms(stage, blocks, depth)
+    rooms: list[_Rooms] = []
     staged = reduced = taken = 0
     while taken < len(blocks):
-        if staged < len(blocks) and staged < taken + depth and _is_free(session, staged, depth):
-            block = blocks[staged]
-            room[staged % depth][: block.numel()].copy_(block)
-            staged += 1
-            session.count(STAGED, staged)
-        elif reduced < staged and session.have(STAGED, reduced + 1):
-            rooms = rooms or _all_rooms(session, stage, flat, numel, depth)
-            lo, hi = aligned_cut(blocks[reduced].numel(), session.size, flat.element_size())[rank]
-            if lo < hi:
-                reduction([each[reduced % depth][lo:hi] for each in rooms], rank)
-            reduced += 1
-            session.count(REDUCED, reduced)
-        elif taken < reduced and session.have(REDUCED, taken + 1):
+        if taken < reduced and session.have(REDUCED, taken + 1):
             block = blocks[taken]
             for owner, (lo, hi) in enumerate(aligned_cut(block.numel(), session.size, flat.element_size())):
-                block[lo:hi].copy_(rooms[owner][taken % depth][lo:hi])
+                block[lo:hi].copy_(rooms[owner](taken)[lo:hi])
             taken += 1
             session.count(TAKEN, taken)
+        elif reduced < staged and session.have(STAGED, reduced + 1):
+            rooms = rooms or _all_rooms(session, stage, blocks, depth)
+            lo, hi = aligned_cut(blocks[reduced].numel(), session.size, flat.element_size())[rank]
+            if lo < hi:
+                parts = [each(reduced)[lo:hi] for each in rooms]
+                reduction(parts, parts[rank])
+            reduced += 1
+            session.count(REDUCED, reduced)
+        elif staged < min(len(blocks), taken + depth) and _is_free(session, staged, depth):
+            own(staged).copy_(blocks[staged])
+            staged += 1
+            session.count(STAGED, staged)
         else:
             yield staged + reduced + taken
 
@@ -155,19 +180,23 @@ def _is_free(session: Session, number: int, depth: int) -> bool:
     return number < depth or session.have(TAKEN, number - depth + 1)
 
 
-def _room(stage: torch.Tensor, flat: torch.Tensor, numel: int, depth: int) -> tuple[torch.Tensor, ...]:
-    """The staging buffer, cut into blocks."""
-    return torch.split(stage.view(flat.dtype)[: numel * depth], numel)
+_Rooms = Callable[[int], torch.Tensor]
 
 
-def _all_rooms(
-    session: Session, stage: torch.Tensor, flat: torch.Tensor, numel: int, depth: int
-) -> list[tuple[torch.Tensor, ...]]:
+def _rooms(stage: torch.Tensor, blocks: Sequence[torch.Tensor], depth: int) -> _Rooms:
+    """Where in a staging buffer a block has its place. Slicing costs as much as copying 32 KiB: once for all."""
+    numel, last = blocks[0].numel(), len(blocks) - 1
+    places = torch.split(stage.view(blocks[0].dtype)[: numel * min(depth, len(blocks))], numel)
+    place_of_last = places[last % depth][: blocks[last].numel()]
+    return lambda number: places[number % depth] if number < last else place_of_last
+
+
+def _all_rooms(session: Session, stage: torch.Tensor, blocks: Sequence[torch.Tensor], depth: int) -> list[_Rooms]:
     """Every member's, once all peers have staged something."""
     stages = [
         stage if member == session.rank else session.peer_stage(member, stage.nbytes) for member in range(session.size)
     ]
-    return [_room(each, flat, numel, depth) for each in stages]
+    return [_rooms(each, blocks, depth) for each in stages]
 
 
 def aligned_cut(numel: int, pieces: int, itemsize: int) -> list[tuple[int, int]]:

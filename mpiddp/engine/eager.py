@@ -55,7 +55,7 @@ def answer(signature: Signature, contributions: Sequence[bytes], root: int) -> b
         torch_dtype, op = dtype_called(signature.dtype), ReduceOp(signature.op)
         contents = (result, *map(bytearray, contributions[1:]))
         parts = [torch.frombuffer(content, dtype=torch_dtype) for content in contents]
-        Reduction(op, torch_dtype, signature.scale, len(parts), parts[0].numel())(parts, own=0)
+        Reduction(op, torch_dtype, signature.scale, len(parts), parts[0].numel())(parts, out=parts[0])
     else:
         scale_(torch.frombuffer(result, dtype=dtype_called(signature.dtype)), signature.scale)
     return bytes(result)

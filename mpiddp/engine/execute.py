@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ..collectives import adasum, pairwise, ring, select, tree
+from ..collectives import adasum, select, tree
 from ..collectives.base import Bounds, ReduceOp, chunk_bounds
 from ..dtypes import dtype_called
 from ..trace import span
@@ -44,7 +44,7 @@ def exchange(link: Link, ranks: Sequence[int], run: Run, tag: int, segment_nbyte
     signature = requests[0].signature
     if kind is Kind.BROADCAST:
         root = ranks.index(signature.root)
-        steps = through_host(flat, lambda host: tree.broadcast(link, host, root, tag))
+        steps = through_host(flat, lambda host: select.broadcast(link, host, root, tag))
     else:
         steps = through_host(flat, lambda host: reduction(link, host, signature, tag, segment_nbytes))
     return _deliver(steps, requests) if len(requests) == 1 else _unpack(steps, requests, flat)
@@ -105,7 +105,7 @@ def _gather(link: Link, run: Run, tag: int, segment_nbytes: int) -> Steps:
     lo, hi = bounds[link.rank]
     gathered[lo:hi] = request.flat
     request.flat = gathered.view(sum(rows), *request.signature.shape)
-    steps = through_host(gathered, lambda host: ring.allgather(link, host, bounds, tag, segment_nbytes))
+    steps = through_host(gathered, lambda host: select.allgather(link, host, bounds, tag, segment_nbytes))
     return _deliver(steps, [request])
 
 
@@ -120,7 +120,7 @@ def _alltoall(link: Link, run: Run, tag: int) -> Steps:
     target = source.new_empty(incoming[-1][1])
     device = request.flat.device
     return _delivering(
-        pairwise.alltoall(link, source, outgoing, target, incoming, tag),
+        select.alltoall(link, source, outgoing, target, incoming, tag),
         request,
         lambda: (target.to(device).view(sum(incoming_rows), *shape), torch.tensor(incoming_rows, dtype=torch.int32)),
     )
@@ -134,7 +134,7 @@ def _reduce_scatter(link: Link, run: Run, tag: int, segment_nbytes: int) -> Step
     lo, hi = bounds[link.rank]
     rows, flat = chunk_bounds(signature.shape[0], link.size)[link.rank], request.flat
     op, scale = ReduceOp(signature.op), signature.scale
-    steps = through_host(flat, lambda host: ring.reduce_scatter(link, host, bounds, op, tag, scale, segment_nbytes))
+    steps = through_host(flat, lambda host: select.reduce_scatter(link, host, bounds, op, tag, scale, segment_nbytes))
     return _delivering(steps, request, lambda: flat[lo:hi].view(rows[1] - rows[0], *signature.shape[1:]).clone())
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import os
+import platform
 import weakref
 from pathlib import Path
 from typing import Any, Protocol
 
-__all__ = ["MemoryFiles", "NamedFiles", "Place", "SharedFiles", "map_file", "open_and_map"]
+__all__ = ["MemoryFiles", "NamedFiles", "Place", "SharedFiles", "map_file", "open_and_map", "orders_writes"]
 
 _PROT_READ_WRITE = 3
 _MAP_SHARED = 1
@@ -74,14 +75,16 @@ class NamedFiles:
 
     def create(self, number: int, nbytes: int) -> int:
         """See :class:`SharedFiles`."""
-        path = self.path(os.getpid(), -1, number)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        path = Path(self.path(os.getpid(), -1, number))
+        unfinished = path.with_name(f".{path.name}")  # nobody looks for leftovers under such a name
+        fd = os.open(unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_SH)
             os.posix_fallocate(fd, 0, nbytes)  # a full file system raises here; writing to the mapping would kill
-        except OSError:
+            unfinished.rename(path)
+        except (OSError, AttributeError):  # AttributeError: no posix_fallocate on this system
             os.close(fd)
-            Path(path).unlink()
+            unfinished.unlink()
             raise
         return fd
 
@@ -107,6 +110,11 @@ class NamedFiles:
                 path.unlink(missing_ok=True)
             finally:
                 os.close(fd)
+
+
+def orders_writes(machine: str = "") -> bool:
+    """Whether this processor lets others see writes in the order in which they were made."""
+    return (machine or platform.machine()).lower() in ("x86_64", "amd64")
 
 
 def _libc() -> Any:

@@ -6,6 +6,7 @@ Which way memory is shared, if any, is agreed by all ranks of the node, after ea
 from __future__ import annotations
 
 import os
+import platform
 import secrets
 import threading
 from collections import OrderedDict, deque
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from ..log import logger
-from .mapping import MemoryFiles, NamedFiles, Place, SharedFiles, map_file, open_and_map
+from .mapping import MemoryFiles, NamedFiles, Place, SharedFiles, map_file, open_and_map, orders_writes
 from .segments import Segments
 from .shared import HEADER_NBYTES, share
 
@@ -44,14 +45,15 @@ class NodeMemory:
     @classmethod
     def over(cls, comm: Any) -> NodeMemory:
         """For the ranks of ``comm``, which are all those of a node. Collective."""
-        log = share(comm, HEADER_NBYTES + 8 * LOG_WORDS * comm.size) if comm.size > 1 else None
-        if log is None:
+        if comm.size == 1:
             return cls.alone()
-        words = memoryview(log)[HEADER_NBYTES:].cast("q")
-        files = _agreed_files(comm)
+        log = share(comm, HEADER_NBYTES + 8 * LOG_WORDS * comm.size) if orders_writes() else None
+        files = _agreed_files(comm) if log is not None else None
         if comm.rank == 0 and not isinstance(files, MemoryFiles):
             _say(files)
-        return cls(files, words, comm.rank, comm.size)
+        if log is None or files is None:
+            return cls.alone()
+        return cls(files, memoryview(log)[HEADER_NBYTES:].cast("q"), comm.rank, comm.size)
 
     @classmethod
     def alone(cls) -> NodeMemory:
@@ -62,6 +64,11 @@ class NodeMemory:
     def is_shared(self) -> bool:
         """Whether the ranks of this node can map each other's tensors: the same on all of them."""
         return self._files is not None
+
+    @property
+    def is_lazy(self) -> bool:
+        """Whether shared memory is taken when it is first touched, not when it is made."""
+        return isinstance(self._files, MemoryFiles)
 
     def tensor(self, rank: int, place: Place) -> torch.Tensor:
         """The bytes from ``place`` to the end of its segment. ``rank`` is its owner's among the node's.
@@ -179,7 +186,13 @@ def _unreadable(files: SharedFiles | None, tickets: list[tuple[int, int, bytes] 
 
 
 def _say(files: SharedFiles | None) -> None:
-    if files is None:
+    if not orders_writes():
+        logger.info(
+            "this processor (%s) may show writes out of order, so the ranks of this node exchange through MPI, not "
+            "through shared memory",
+            platform.machine(),
+        )
+    elif files is None:
         logger.warning(
             "the ranks of this node cannot share memory, so exchanges between them go through MPI and are several "
             "times slower: let processes of one user open each other's /proc/<pid>/fd (in containers, one PID "

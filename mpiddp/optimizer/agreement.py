@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 
 import torch
 
-from ..collectives import ReduceOp, doubling, ring
+from ..collectives import ReduceOp, doubling, select
 from ..collectives.base import Bounds
 from ..dtypes import name_of
 from ..engine import Engine, Lane
@@ -61,7 +61,7 @@ def _gather(engine: Engine, lane: Lane, mine: torch.Tensor, lengths: Sequence[in
     flat = torch.empty(sum(lengths), dtype=torch.uint8)
     lo, hi = bounds[lane.link.rank]
     flat[lo:hi] = mine
-    engine.wait(lane.launch("parameters", lambda link, tag: ring.allgather(link, flat, bounds, tag)))
+    engine.wait(lane.launch("parameters", lambda link, tag: select.allgather(link, flat, bounds, tag)))
     return [flat[lo:hi].numpy().tobytes() for lo, hi in bounds]
 
 

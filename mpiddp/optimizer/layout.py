@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,9 @@ __all__ = ["Bucket", "Layout", "plan"]
 
 #: Every gradient begins at a multiple of this, so that vector instructions and foreach kernels find it aligned.
 _ALIGN_NBYTES = 64
+
+#: Makes a tensor of zeros, of a shape and a dtype.
+Zeros = Callable[[Sequence[int], torch.dtype], torch.Tensor]
 
 
 def plan(
@@ -62,8 +65,8 @@ class Bucket:
     usual: torch.Tensor
 
     @classmethod
-    def over(cls, indices: Sequence[int], params: Sequence[torch.Tensor]) -> Bucket:
-        """A bucket for ``params[i]``, i in ``indices``, all of one dtype and device."""
+    def over(cls, indices: Sequence[int], params: Sequence[torch.Tensor], zeros: Zeros | None = None) -> Bucket:
+        """A bucket for ``params[i]``, i in ``indices``, all of one dtype and device. ``zeros`` makes those of CPUs."""
         like = params[indices[0]]
         align = max(1, _ALIGN_NBYTES // like.element_size())
         starts, end = [], 0
@@ -71,7 +74,11 @@ class Bucket:
             starts.append(end)
             end += -(-params[index].numel() // align) * align
         with torch.no_grad():
-            flat = torch.zeros(end + len(indices) + 2, dtype=like.dtype, device=like.device)
+            numel = end + len(indices) + 2
+            if zeros is not None and like.device.type == "cpu":
+                flat = zeros((numel,), like.dtype)
+            else:
+                flat = torch.zeros(numel, dtype=like.dtype, device=like.device)
             views = tuple(_view(flat, at, params[index]) for at, index in zip(starts, indices, strict=True))
             tail, usual = flat[end:], torch.ones(len(indices) + 2, dtype=like.dtype, device=like.device)
             usual[-2:] = 0
@@ -87,6 +94,7 @@ class Layout:
 
     def __init__(self, params: Sequence[torch.Tensor]) -> None:
         self._params = params
+        self.zeros: Zeros | None = None  # makes the buckets of CPUs, in memory that other ranks can map
         self.buckets: list[Bucket] = []
         self.place: dict[int, tuple[int, int]] = {}  # parameter -> its bucket, and where in it
 
@@ -113,7 +121,7 @@ class Layout:
         held = {index: params[index].grad for index in order if self.holds(index)}
         self.buckets, self.place = [], {}
         for number, group in enumerate(plan(nbytes, kinds, order, first_nbytes, bucket_nbytes, groups)):
-            bucket = Bucket.over(group, params)
+            bucket = Bucket.over(group, params, self.zeros)
             self.buckets.append(bucket)
             for at, index in enumerate(group):
                 self.place[index] = (number, at)

@@ -48,6 +48,8 @@ class Reducer:
         self.lane = channel.lane()
         self.passes = passes
         self.gradients = Gradients(options.sparse_as_dense)
+        if channel.link.node is not None:  # gradients are reduced where they lie
+            self.layout.zeros = channel.link.node.memory.segments.empty
         self._options = options
         self._wire = Wire(
             self.lane,

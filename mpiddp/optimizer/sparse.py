@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..collectives import ring
+from ..collectives import select
 from ..engine import Engine, Lane
 
 __all__ = ["gather_sparse"]
@@ -62,4 +62,4 @@ def _gather(engine: Engine, lane: Lane, table: torch.Tensor, rows: Sequence[int]
     width = table[:1].numel()
     bounds = [(width * sum(rows[:r]), width * sum(rows[: r + 1])) for r in range(len(rows))]
     flat = table.view(-1)
-    engine.wait(lane.launch("sparse", lambda link, tag: ring.allgather(link, flat, bounds, tag)))
+    engine.wait(lane.launch("sparse", lambda link, tag: select.allgather(link, flat, bounds, tag)))

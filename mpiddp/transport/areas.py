@@ -31,7 +31,10 @@ class Areas:
 
     @classmethod
     def over(cls, comm: Any, local_ranks: Sequence[int], memory: NodeMemory, slots: int) -> Areas | None:
-        """For the members of ``comm``; None, on all of them, where some member has no memory left. Collective."""
+        """For the members of ``comm``; None, on all of them, where some member has no memory left,
+        or memory costs something before it is touched. Collective."""
+        if not memory.is_lazy:
+            return None
         own = memory.segments.empty((slots * AREA_NBYTES,), torch.uint8)
         places = comm.allgather(memory.segments.place(own))
         if any(place is None for place in places):

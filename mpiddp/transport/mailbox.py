@@ -11,9 +11,9 @@ import struct
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
+from ..memory.mapping import orders_writes
 from ..memory.shared import HEADER_NBYTES, share
 from .control import MpiPort, Port
-from .node import orders_writes
 
 if TYPE_CHECKING:
     from mpi4py import MPI

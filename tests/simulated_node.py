@@ -1,0 +1,29 @@
+"""Ranks in one process that share memory as those of a node do: each has segments of its own, and maps its peers'."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from mpiddp.memory.mapping import MemoryFiles
+from mpiddp.memory.node import LOG_WORDS, NodeMemory
+from mpiddp.transport.base import Steps
+from mpiddp.transport.node import PAGE_NBYTES, Node
+from tests.simulation import Network, SimulatedLink, run
+
+
+def nodes(size: int) -> list[Node]:
+    """The node as each of its ranks sees it."""
+    log = memoryview(bytearray(8 * LOG_WORDS * size)).cast("q")
+    page = memoryview(bytearray(PAGE_NBYTES * size))
+    memories = [NodeMemory(MemoryFiles(), log, rank, size) for rank in range(size)]
+    return [Node(page, range(size), rank, memory) for rank, memory in enumerate(memories)]
+
+
+def on_node(members: list[Node], exchange: Callable[[SimulatedLink], Steps], seed: int = 0) -> None:
+    """Run one exchange on every rank; nothing may pass but through the memory."""
+    network = Network(len(members), seed)
+    links = network.links()
+    for link, node in zip(links, members, strict=True):
+        link.node = node
+    run(network, [exchange(link) for link in links])
+    assert network.idle() and not any(network.sent_messages)
