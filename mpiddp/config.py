@@ -163,7 +163,7 @@ VARIABLES: tuple[Variable, ...] = (
     Variable(
         "MPIDDP_ALGORITHM",
         "algorithm",
-        _one_of("", "ring", "doubling", "shared_memory", "ordered"),
+        _one_of("", "ring", "doubling", "shared_memory", "hierarchical", "ordered"),
         "the algorithm of all collectives that have it, for experiments; empty: the one that suits",
     ),
     Variable(

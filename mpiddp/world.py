@@ -53,7 +53,7 @@ class World:
         from mpi4py import MPI
 
         own = _duplicate(comm, MPI)
-        node_comm: Any = own.Split_type(MPI.COMM_TYPE_SHARED, key=own.rank)
+        node_comm: Any = _on_node(own)
         leader = node_comm.bcast(own.rank, 0)
         leaders = own.allgather(leader)
         number = {lead: index for index, lead in enumerate(sorted(set(leaders)))}
@@ -101,6 +101,13 @@ def start_mpi() -> Any:
             "or leave it True"
         )
     return MPI
+
+
+def _on_node(comm: MPI.Intracomm) -> Any:
+    """The ranks of ``comm`` that share this one's node."""
+    from mpi4py import MPI
+
+    return comm.Split_type(MPI.COMM_TYPE_SHARED, key=comm.rank)
 
 
 def _duplicate(comm: MPI.Intracomm | Sequence[int] | None, mpi: Any) -> MPI.Intracomm:

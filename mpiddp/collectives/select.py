@@ -6,7 +6,7 @@ import torch
 
 from ..transport.base import Link, Steps
 from ..transport.node import Node
-from . import doubling, one_shot, ordered, pairwise, ring, shared_memory, shared_rounds, tree
+from . import doubling, hierarchical, one_shot, ordered, pairwise, ring, shared_memory, shared_rounds, tree
 from .base import Bounds, ReduceOp
 
 __all__ = ["DOUBLING_NBYTES", "allgather", "allreduce", "allreduce_by", "alltoall", "broadcast", "reduce_scatter"]
@@ -14,15 +14,20 @@ __all__ = ["DOUBLING_NBYTES", "allgather", "allreduce", "allreduce_by", "alltoal
 #: Up to here the number of steps counts, above it the bytes. Measured at 2 to 4 ranks on one host.
 DOUBLING_NBYTES = 32 << 10
 
-SHARED_MEMORY, ORDERED = "shared_memory", "ordered"
+SHARED_MEMORY, ORDERED, HIERARCHICAL = "shared_memory", "ordered", "hierarchical"
 
 
-def allreduce_by(nbytes: int, is_shared: bool, wanted: str = "") -> str:
-    """The name of the algorithm of an all-reduce of so many bytes. ``is_shared``: all members share memory."""
+def allreduce_by(nbytes: int, is_shared: bool, wanted: str = "", is_layered: bool = False) -> str:
+    """The name of the algorithm of an all-reduce of so many bytes.
+
+    ``is_shared``: all members share memory; ``is_layered``: they lie on several nodes, of equally many each.
+    """
     if is_shared and wanted in ("", SHARED_MEMORY, ORDERED):  # it is ordered, too, with the same bits
         return SHARED_MEMORY
     if wanted in ("ring", "doubling", ORDERED):
         return wanted
+    if is_layered and (nbytes > DOUBLING_NBYTES or wanted == HIERARCHICAL):
+        return HIERARCHICAL
     return "doubling" if nbytes <= DOUBLING_NBYTES else "ring"
 
 
@@ -40,13 +45,16 @@ def allreduce(
     ``is_ordered``: by one whose bits depend on nothing but the contributions and their number.
     """
     is_ordered |= link.algorithm == ORDERED
-    algorithm = allreduce_by(flat.nbytes, link.node is not None, ORDERED if is_ordered else link.algorithm)
+    wanted = ORDERED if is_ordered else link.algorithm
+    algorithm = allreduce_by(flat.nbytes, link.node is not None, wanted, link.levels is not None)
     if algorithm == SHARED_MEMORY and link.node is not None:
         if one_shot.is_possible(link.node, flat, scale):
             return one_shot.allreduce(link.node, flat, op, tag, scale)
         return shared_memory.allreduce(link.node, flat, op, tag, scale, is_ordered)
     if algorithm == ORDERED:
         return ordered.allreduce(link, flat, op, tag, scale, segment_nbytes)
+    if algorithm == HIERARCHICAL and link.levels is not None:
+        return hierarchical.allreduce(link.levels, flat, op, tag, scale, segment_nbytes)
     if algorithm == "doubling":
         return doubling.allreduce(link, flat, op, tag, scale)
     return ring.allreduce(link, flat, op, tag, scale, segment_nbytes)

@@ -20,7 +20,7 @@ from .base import Bounds, ReduceOp
 from .reduction import Reduction
 from .shared_memory import BLOCK_NBYTES, DEPTH, STAGED_NBYTES, block_numel, most_numel
 
-__all__ = ["allgather", "alltoall", "broadcast", "reduce_scatter"]
+__all__ = ["allgather", "allgather_in", "alltoall", "broadcast", "reduce_scatter", "reduce_scatter_in"]
 
 #: Counted at the end, so that who still stages need not wait for a rank that wants nothing more.
 _EVERYTHING = (1 << 24) - 1
@@ -35,51 +35,61 @@ def reduce_scatter(node: Node, flat: torch.Tensor, bounds: Bounds, op: ReduceOp,
     if node.size == 1:
         scale_(flat, scale)
         return
-    numel = block_numel(BLOCK_NBYTES, flat)
-    reduction = Reduction(op, flat.dtype, scale, node.size, most_numel(flat))
-    lo, hi = bounds[node.rank]
     with (yield from node.enter(tag)) as session:
-        if (yield from _all_in_place(session, flat)):
-            tensors = [flat if m == node.rank else session.tensor(m, flat) for m in range(node.size)]
-            for at in range(lo, hi, numel):
-                end = min(at + numel, hi)
-                parts = [tensor[at:end] for tensor in tensors]
-                reduction(parts, parts[node.rank])
-        else:
-            pieces: dict[int, torch.Tensor] = {}
+        yield from reduce_scatter_in(session, flat, bounds, op, scale)
 
-            def take(peer: int, at: int, piece: torch.Tensor) -> None:
-                pieces[peer] = piece
-                if len(pieces) == node.size - 1:
-                    pieces[node.rank] = flat[lo + at : lo + at + piece.numel()]
-                    reduction([pieces[member] for member in range(node.size)], pieces[node.rank])
-                    pieces.clear()
 
-            yield from _rounds(session, flat, bounds, [hi - lo] * node.size, take)
-        session.count(TAKEN, _EVERYTHING)
-        yield from session.wait(TAKEN, _EVERYTHING)  # the peers read this rank's tensor
+def reduce_scatter_in(session: Session, flat: torch.Tensor, bounds: Bounds, op: ReduceOp, scale: float = 1.0) -> Steps:
+    """:func:`reduce_scatter` as a part of an exchange that goes on."""
+    rank, size = session.rank, session.size
+    numel = block_numel(BLOCK_NBYTES, flat)
+    reduction = Reduction(op, flat.dtype, scale, size, most_numel(flat))
+    lo, hi = bounds[rank]
+    if (yield from _all_in_place(session, flat)):
+        tensors = [flat if member == rank else session.tensor(member, flat) for member in range(size)]
+        for at in range(lo, hi, numel):
+            end = min(at + numel, hi)
+            parts = [tensor[at:end] for tensor in tensors]
+            reduction(parts, parts[rank])
+    else:
+        pieces: dict[int, torch.Tensor] = {}
+
+        def take(peer: int, at: int, piece: torch.Tensor) -> None:
+            pieces[peer] = piece
+            if len(pieces) == size - 1:
+                pieces[rank] = flat[lo + at : lo + at + piece.numel()]
+                reduction([pieces[member] for member in range(size)], pieces[rank])
+                pieces.clear()
+
+        yield from _rounds(session, flat, bounds, [hi - lo] * size, take)
+    session.count(TAKEN, _EVERYTHING)
+    yield from session.wait(TAKEN, _EVERYTHING)  # the peers read this rank's tensor
 
 
 def allgather(node: Node, flat: torch.Tensor, bounds: Bounds, tag: int) -> Steps:
     """Every rank's ``flat[slice(*bounds[r])]`` reaches all ranks; chunks may differ in length."""
     if node.size == 1:
         return
-    rank = node.rank
     with (yield from node.enter(tag)) as session:
-        if (yield from _all_in_place(session, flat)):
-            for peer in session.peers:
-                lo, hi = bounds[peer]
-                flat[lo:hi].copy_(session.tensor(peer, flat)[lo:hi])
-        else:
+        yield from allgather_in(session, flat, bounds)
 
-            def take(peer: int, at: int, piece: torch.Tensor) -> None:
-                begin = bounds[peer][0] + at
-                flat[begin : begin + piece.numel()].copy_(piece)
 
-            lengths = [hi - lo for lo, hi in bounds]
-            yield from _rounds(session, flat, [bounds[rank]] * node.size, lengths, take, is_same_for_all=True)
-        session.count(TAKEN, _EVERYTHING)
-        yield from session.wait(TAKEN, _EVERYTHING)
+def allgather_in(session: Session, flat: torch.Tensor, bounds: Bounds) -> Steps:
+    """:func:`allgather` as a part of an exchange that goes on."""
+    if (yield from _all_in_place(session, flat)):
+        for peer in session.peers:
+            lo, hi = bounds[peer]
+            flat[lo:hi].copy_(session.tensor(peer, flat)[lo:hi])
+    else:
+
+        def take(peer: int, at: int, piece: torch.Tensor) -> None:
+            begin = bounds[peer][0] + at
+            flat[begin : begin + piece.numel()].copy_(piece)
+
+        lengths = [hi - lo for lo, hi in bounds]
+        yield from _rounds(session, flat, [bounds[session.rank]] * session.size, lengths, take, is_same_for_all=True)
+    session.count(TAKEN, _EVERYTHING)
+    yield from session.wait(TAKEN, _EVERYTHING)
 
 
 def broadcast(node: Node, flat: torch.Tensor, root: int, tag: int) -> Steps:

@@ -162,11 +162,24 @@ class Session:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._stage is not None and kind is None:
-            self._node.retire_stage(self._stage, self._slot)
         if kind is None:
-            self._words[self._mine + _DONE] = self.base
+            self._end()
         self._slot.queue.popleft()
+
+    def _end(self) -> None:
+        if self._stage is not None:
+            self._node.retire_stage(self._stage, self._slot)
+            self._stage = None
+        self._words[self._mine + _DONE] = self.base
+
+    def begin_anew(self) -> Steps:
+        """Once more from zero, when all members have come so far: for an exchange of several parts, each counted by
+        itself. No other exchange has the slot in between."""
+        self._end()
+        ended = self.base
+        self._slot.base = self.base = ended + _BASE
+        while not self._node.have_ended(self._slot, ended):
+            yield None
 
     # -- counters ------------------------------------------------------------------------------------------------------
 
