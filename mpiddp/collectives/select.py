@@ -6,9 +6,9 @@ import torch
 
 from ..transport.base import Link, Steps
 from . import doubling, ring
-from .base import ReduceOp
+from .base import Bounds, ReduceOp
 
-__all__ = ["DOUBLING_NBYTES", "allreduce"]
+__all__ = ["DOUBLING_NBYTES", "allgather", "allreduce", "reduce_scatter"]
 
 #: Up to here the number of steps counts, above it the bytes. Measured at 2 to 4 ranks on one host.
 DOUBLING_NBYTES = 32 << 10
@@ -26,3 +26,23 @@ def allreduce(
     if flat.numel() * flat.element_size() <= DOUBLING_NBYTES:
         return doubling.allreduce(link, flat, op, tag, scale)
     return ring.allreduce(link, flat, op, tag, scale, segment_nbytes)
+
+
+def reduce_scatter(
+    link: Link,
+    flat: torch.Tensor,
+    bounds: Bounds,
+    op: ReduceOp,
+    tag: int,
+    scale: float = 1.0,
+    segment_nbytes: int = ring.SEGMENT_NBYTES,
+) -> Steps:
+    """``flat[slice(*bounds[r])]`` becomes ``scale *`` its reduction on rank r; the rest is undefined afterwards."""
+    return ring.reduce_scatter(link, flat, bounds, op, tag, scale, segment_nbytes)
+
+
+def allgather(
+    link: Link, flat: torch.Tensor, bounds: Bounds, tag: int, segment_nbytes: int = ring.SEGMENT_NBYTES
+) -> Steps:
+    """Every rank's ``flat[slice(*bounds[r])]`` reaches all ranks, in place."""
+    return ring.allgather(link, flat, bounds, tag, segment_nbytes)

@@ -25,7 +25,7 @@ _LANES = 32
 
 class Lane:
     """One such sequence. ``mirror``, set by its owner, takes part in one cycle with zeros, for a rank that has
-    joined."""
+    joined; or ``refusal`` says why the rank cannot join."""
 
     def __init__(self, channel: Channel, number: int) -> None:
         self.channel = channel
@@ -35,6 +35,7 @@ class Lane:
         self.is_in_cycle = False
         self.wanted_cycle = 0
         self.mirror: Callable[[], None] | None = None
+        self.refusal: Callable[[], str | None] | None = None
         self._where = channel.ranks, number
         self._counted = channel.presence.lane(lane_key(channel.ranks, number))
         self._first_tag = FIRST_TAG + number % _LANES * _TAGS

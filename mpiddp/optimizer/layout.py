@@ -63,15 +63,22 @@ class Bucket:
         """The flags and the control flags: what is no gradient."""
         return self.flat[-(len(self.indices) + 2) :]
 
+    @property
+    def data(self) -> torch.Tensor:
+        """The gradients, and what keeps them aligned (zeros): all but the flags."""
+        return self.flat[: -(len(self.indices) + 2)]
+
     @classmethod
-    def over(cls, indices: Sequence[int], params: Sequence[torch.Tensor]) -> Bucket:
-        """A bucket for ``params[i]``, i in ``indices``, all of one dtype and device."""
+    def over(cls, indices: Sequence[int], params: Sequence[torch.Tensor], shards: int = 1) -> Bucket:
+        """A bucket for ``params[i]``, i in ``indices``, all of one dtype and device; its data can be cut into
+        ``shards`` equal parts that are aligned too."""
         like = params[indices[0]]
         align = max(1, _ALIGN_NBYTES // like.element_size())
         starts, end = [], 0
         for index in indices:
             starts.append(end)
             end += -(-params[index].numel() // align) * align
+        end = -(-end // (shards * align)) * shards * align
         with torch.no_grad():
             flat = torch.zeros(end + len(indices) + 2, dtype=like.dtype, device=like.device)
             views = tuple(_view(flat, at, params[index]) for at, index in zip(starts, indices, strict=True))
@@ -114,14 +121,17 @@ class Layout:
         held = {index: params[index].grad for index in order if self.holds(index)}
         self.buckets, self.place = [], {}
         for number, group in enumerate(plan(nbytes, kinds, order, first_nbytes, bucket_nbytes, groups)):
-            bucket = Bucket.over(group, params)
+            bucket = self._bucket(group)
             self.buckets.append(bucket)
-            for at, index in enumerate(group):
+            for at, index in enumerate(bucket.indices):
                 self.place[index] = (number, at)
                 grad = held.pop(index, None)
                 if grad is not None:
                     bucket.views[at].copy_(grad)
                     params[index].grad = bucket.views[at]
+
+    def _bucket(self, group: Sequence[int]) -> Bucket:
+        return Bucket.over(group, self._params)
 
     def __repr__(self) -> str:
         return f"Layout({len(self.place)} parameters in {len(self.buckets)} buckets)"
