@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from threading import Thread
 
@@ -40,9 +41,11 @@ def join(device: int = -1) -> int:
     nothing = torch.empty(0, dtype=torch.uint8)
     channels = here.channels()
     lanes = [lane for channel in channels for lane in channel.lanes]
-    for refusal in [lane.refusal() for lane in lanes if lane.refusal is not None]:
-        if refusal is not None:
-            raise MpiddpError(refusal)
+    if _refusal(lanes) is not None:
+        gc.collect()  # an optimizer that nobody uses any more is no reason
+    refusal = _refusal(lanes)
+    if refusal is not None:
+        raise MpiddpError(refusal)
     requests = [submit(channel, Kind.JOIN, nothing, nothing, _JOIN, extent=(channel.unnamed,)) for channel in channels]
 
     def is_over() -> bool:
@@ -56,6 +59,10 @@ def join(device: int = -1) -> int:
         if request.error is not None:
             raise request.error
     return int(requests[0].result)
+
+
+def _refusal(lanes: Sequence[Lane]) -> str | None:
+    return next((why for lane in lanes if lane.refusal is not None and (why := lane.refusal())), None)
 
 
 def _serve(engine: Engine, lanes: Sequence[Lane], is_over: Callable[[], bool]) -> None:

@@ -55,7 +55,7 @@ class ShardedGradient(torch.Tensor):
             raise MpiddpError(f"the optimizer that held the gradient of {self._name!r} is gone")
         return holder
 
-    def __repr__(self, *, tensor_contents: Any = None) -> Any:
+    def __repr__(self, *args: Any, **kwargs: Any) -> str:  # type: ignore[override]
         return f"ShardedGradient({self._name!r}, shape={tuple(self.shape)}, {self.dtype}; whole after synchronize())"
 
     @classmethod
@@ -65,18 +65,23 @@ class ShardedGradient(torch.Tensor):
             return _unscale(*args)
         own = args[0] if args else None
         if isinstance(own, ShardedGradient):
-            if func is aten.add_.Tensor and not kwargs:
-                own.added = args[1] if own.added is None else own.added + args[1]
+            is_backward = torch._C._current_graph_task_id() != -1
+            if func is aten.add_.Tensor and is_backward:
+                own.added = _sum(own.added, args[1])
                 return own
-            if func is aten.add.Tensor and not kwargs:  # backward(create_graph=True)
+            if func is aten.add.Tensor and is_backward:  # with create_graph=True
                 both = ShardedGradient.over(own, own.holder(), own._index, own._name)
-                both.added = args[1] if own.added is None else own.added + args[1]
+                both.added = _sum(own.added, args[1])
                 return both
             if func is aten.zero_.default:
                 own.added = None
                 own.holder().zero(own._index)
                 return own
         raise MpiddpError(_refusal(func, [*args, *(kwargs or {}).values()]))
+
+
+def _sum(added: torch.Tensor | None, more: torch.Tensor) -> torch.Tensor:
+    return more if added is None else added + more
 
 
 def _unscale(gradients: Sequence[torch.Tensor], found_inf: torch.Tensor, inv_scale: torch.Tensor) -> None:

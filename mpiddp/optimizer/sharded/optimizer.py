@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -88,7 +89,10 @@ class _Sharded(Wrapped):
         if error_if_nonfinite and not torch.isfinite(norm):
             raise RuntimeError(f"the total norm of order {norm_type} of the gradients is {norm.item()}")
         factor = clip_factor(norm, max_norm)
-        if factor != 1.0:
+        if math.isnan(factor):  # which the padding between parameters must not become
+            reducer.make_whole()
+            torch._foreach_mul_([param.grad for param in params if param.grad is not None], factor)
+        elif factor != 1.0:
             torch._foreach_mul_(parts, factor)
         return norm
 

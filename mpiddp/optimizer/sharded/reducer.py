@@ -200,8 +200,11 @@ class ShardedReducer(Reducer):
     # -- parameters ----------------------------------------------------------------------------------------------------
 
     def _agree(self) -> None:
+        if self._agreed:
+            return
         super()._agree()
         if self.gradients.sparse:
+            self._agreed = False  # so that the ranks meet here again, and all raise again
             name = self.gradients.names[min(self.gradients.sparse)]
             raise ValueError(
                 f"the gradient of {name!r} is sparse, and shard=True cuts flat dense ones: use "
