@@ -416,3 +416,39 @@ def test_zeroing_during_an_exchange_raises_and_a_failed_backward_can_be_finished
         optimizer.step()
         optimizer.zero_grad()
         assert_replicas_equal(world, model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(world: Any, dtype: torch.dtype) -> None:
+    models = [nn.Linear(4, 4).to(dtype) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    for net in models:
+        world.broadcast_parameters(net.state_dict(), 0)
+    optimizers = [
+        world.DistributedOptimizer(torch.optim.AdamW(net.parameters(), lr=0.1, eps=1e-3), shard=shard)
+        for net, shard in zip(models, (True, False), strict=True)
+    ]
+    for _ in range(3):
+        for net, optimizer in zip(models, optimizers, strict=True):
+            optimizer.zero_grad()
+            net(torch.full((1, 4), float(world.rank()), dtype=dtype)).sum().backward()
+            optimizer.step()
+    assert_replicas_equal(world, models[0])
+    for mine, theirs in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=2e-2, atol=1e-2)
+
+
+def test_an_elastic_state_goes_back(world: Any) -> None:
+    model, reference = build(), build()
+    optimizer = world.DistributedOptimizer(OPTIMIZERS["adamw"](model.parameters()), shard=True)
+    plain = OPTIMIZERS["adamw"](reference.parameters())
+    state = world.elastic.TorchState(model, optimizer)
+    state.sync()
+    train(world, model, optimizer, range(3))
+    state.commit()
+    train(world, model, optimizer, range(3, 5))
+    state.restore()
+    state.sync()
+    train(world, model, optimizer, range(3, 6))
+    train_plain(reference, plain, range(6))
+    assert_close(model, reference)

@@ -84,7 +84,7 @@ class _Sharded(Wrapped):
         if not all(isinstance(param.grad, ShardedGradient) for param in params) or not params:
             reducer.make_whole()
             return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type, error_if_nonfinite)
-        parts = reducer.own_parts()
+        parts = reducer.own_shards()
         norm = total_norm(reducer.engine, reducer.lane, parts, norm_type)
         if error_if_nonfinite and not torch.isfinite(norm):
             raise RuntimeError(f"the total norm of order {norm_type} of the gradients is {norm.item()}")

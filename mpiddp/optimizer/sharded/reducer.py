@@ -8,7 +8,7 @@ gathers whole gradients first and then goes the unsharded way.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -50,6 +50,8 @@ class ShardedReducer(Reducer):
         self._held: set[int] = set()  # the parameters whose gradient lay in shards after the last exchange
         self._is_open = False  # a cycle has begun: what was held has been kept
         self._kept: list[torch.Tensor] = []  # this rank's shards of it, one a bucket
+        self._shown: dict[int, ShardedGradient] = {}  # what ``grad`` is then
+        self._own: dict[int, torch.Tensor] = {}  # this rank's part of each gradient that it has a part of
         group_of = self.groups.__getitem__  # of the list, which grows
         lay_out = partial(ShardLayout, shards=channel.link.size, group_of=group_of)
         super().__init__(engine, channel, params, names, passes, options, ShardWire, lay_out)
@@ -162,7 +164,7 @@ class ShardedReducer(Reducer):
                 param.grad = self.layout.view(index)
                 gradients.averaged.add(index)
             else:
-                param.grad = ShardedGradient.over(param, self, index, gradients.names[index])
+                param.grad = self._shown[index]
 
     # -- whole gradients -----------------------------------------------------------------------------------------------
 
@@ -219,6 +221,9 @@ class ShardedReducer(Reducer):
         self._planned = list(order)
         super()._lay_out(order)
         self.weights.renew(self.layout)
+        params, names = self.gradients.params, self.gradients.names
+        self._shown = {i: ShardedGradient.over(params[i], self, i, names[i]) for i in self.layout.place}
+        self._own = {i: part for bucket in self.layout.buckets for i, part in self._own_parts(bucket)}
 
     def has_state_in_pieces(self) -> bool:
         """Whether the optimizer's state is in pieces; False where it is whole, since it was loaded or is not there."""
@@ -242,13 +247,13 @@ class ShardedReducer(Reducer):
         self._held &= used
         return used
 
-    def own_parts(self) -> list[torch.Tensor]:
+    def own_shards(self) -> list[torch.Tensor]:
         """This rank's shard of each bucket's gradients; zeros where there is none."""
         return [self._wire.own(bucket.data) for bucket in self.layout.buckets]
 
     def unscale(self, indices: Sequence[int], found_inf: torch.Tensor, inv_scale: torch.Tensor) -> None:
         """As :class:`~.gradient.Holder` says. Collective; all members' parameters have gradients alike."""
-        parts = [part for index in indices if (part := self._own_part(index)).numel()]
+        parts = [self._own[index] for index in indices if index in self._own]
         found = torch.zeros((), dtype=found_inf.dtype, device=found_inf.device)
         if parts:
             torch._amp_foreach_non_finite_check_and_unscale_(parts, found, inv_scale)
@@ -258,12 +263,11 @@ class ShardedReducer(Reducer):
         )
         found_inf.copy_(torch.maximum(found_inf, flag[0].to(found_inf.device)))
 
-    def _own_part(self, index: int) -> torch.Tensor:
-        number, at = self.layout.place[index]
-        bucket = self.layout.buckets[number]
-        begin, end = extents(bucket)[at]
+    def _own_parts(self, bucket: Bucket) -> Iterator[tuple[int, torch.Tensor]]:
         lo, hi = chunk_bounds(bucket.data.numel(), self.layout.shards)[self.lane.link.rank]
-        return bucket.data[max(lo, begin) : max(max(lo, begin), min(hi, end))]
+        for index, (begin, end) in zip(bucket.indices, extents(bucket), strict=True):
+            if max(lo, begin) < min(hi, end):
+                yield index, bucket.data[max(lo, begin) : min(hi, end)]
 
     @torch.no_grad()
     def update_shards(self, optimizer: Any, used: set[int]) -> None:
