@@ -1,4 +1,4 @@
-"""The norm of all gradients, from the ranks' parts."""
+"""What must be known of all gradients, from the ranks' parts: their norm, and whether all are finite."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from ...collectives import ReduceOp, doubling
 from ...engine import Engine, Lane
 
-__all__ = ["clip_factor", "total_norm"]
+__all__ = ["clip_factor", "total_norm", "unscale"]
 
 #: Norms are taken of rows of so many elements, and summed up in float64.
 _ROW_NUMEL = 1 << 16
@@ -44,6 +44,21 @@ def total_norm(engine: Engine, lane: Lane, parts: Sequence[torch.Tensor], norm_t
 def clip_factor(norm: torch.Tensor, max_norm: float) -> float:
     """What torch's clip_grad_norm_ multiplies by; at most 1."""
     return float(torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+
+
+def unscale(
+    engine: Engine, lane: Lane, parts: Sequence[torch.Tensor], found_inf: torch.Tensor, inv_scale: torch.Tensor
+) -> None:
+    """Multiply ``parts`` by ``inv_scale``; ``found_inf`` becomes 1 on every rank if any rank's are not finite.
+
+    What a GradScaler does with whole gradients. One pass, and an all-reduce of 4 bytes.
+    """
+    found = torch.zeros_like(found_inf)
+    if parts:
+        torch._amp_foreach_non_finite_check_and_unscale_(list(parts), found, inv_scale)
+    flag = found.cpu().view(1)
+    engine.wait(lane.launch("found_inf", lambda link, tag: doubling.allreduce(link, flag, ReduceOp.MAX, tag)))
+    found_inf.copy_(torch.maximum(found_inf, flag[0].to(found_inf.device)))
 
 
 def _row_norms(flat: torch.Tensor, norm_type: float) -> torch.Tensor:

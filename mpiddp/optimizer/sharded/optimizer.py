@@ -11,6 +11,7 @@ import torch
 
 from ...engine import Channel, Engine
 from ...errors import MpiddpError
+from ...trace import span
 from ..options import Options
 from ..wrapped import Wrapped, become
 from .gradient import ShardedGradient
@@ -108,11 +109,27 @@ class _Sharded(Wrapped):
         if self._mpiddp_max_norm is not None:
             self.clip_grad_norm_(self._mpiddp_max_norm)
         self._mpiddp_whole = None
-        reducer = self._mpiddp_reducer
-        reducer.update_shards(self, reducer.settle())
-        reducer.exchanged = False
+        self._mpiddp_update()
         self._opt_called = True  # what a scheduler looks for
         return loss
+
+    @torch.no_grad()
+    def _mpiddp_update(self) -> None:
+        """A bucket travels while the next one is updated."""
+        reducer = self._mpiddp_reducer
+        layout, weights, update = reducer.layout, reducer.weights, reducer.update
+        unused = layout.place.keys() - reducer.settle()
+        weights.adopt()
+        update.begin(self, reducer.gradients.params, layout, weights)
+        under_way = []
+        for number in range(len(layout.buckets)):
+            with span("update"):
+                update.bucket(number, unused, layout, weights)
+            under_way.append(reducer.gather_parameters(number))
+        for handle in under_way:
+            reducer.engine.wait(handle)
+        update.end(self)
+        reducer.exchanged = False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As the wrapped class's; the new parameters are sharded too. To be called on every rank."""

@@ -14,15 +14,15 @@ from typing import Any
 
 import torch
 
-from ...collectives import ReduceOp, doubling
 from ...collectives.base import chunk_bounds
-from ...engine import Channel, Engine
+from ...engine import Channel, Engine, Handle
 from ...trace import span
 from ..layout import Bucket
 from ..options import Options
 from ..reducer import Reducer
 from .flat import ShardLayout, Weights, extents
 from .gradient import ShardedGradient
+from .norm import unscale
 from .update import Update
 from .wire import ShardWire
 
@@ -164,6 +164,7 @@ class ShardedReducer(Reducer):
                 param.grad = self.layout.view(index)
                 gradients.averaged.add(index)
             else:
+                self._shown[index].added = None
                 param.grad = self._shown[index]
 
     # -- whole gradients -----------------------------------------------------------------------------------------------
@@ -254,14 +255,7 @@ class ShardedReducer(Reducer):
     def unscale(self, indices: Sequence[int], found_inf: torch.Tensor, inv_scale: torch.Tensor) -> None:
         """As :class:`~.gradient.Holder` says. Collective; all members' parameters have gradients alike."""
         parts = [self._own[index] for index in indices if index in self._own]
-        found = torch.zeros((), dtype=found_inf.dtype, device=found_inf.device)
-        if parts:
-            torch._amp_foreach_non_finite_check_and_unscale_(parts, found, inv_scale)
-        flag = found.cpu().view(1)
-        self.engine.wait(
-            self.lane.launch("found_inf", lambda link, tag: doubling.allreduce(link, flag, ReduceOp.MAX, tag))
-        )
-        found_inf.copy_(torch.maximum(found_inf, flag[0].to(found_inf.device)))
+        unscale(self.engine, self.lane, parts, found_inf, inv_scale)
 
     def _own_parts(self, bucket: Bucket) -> Iterator[tuple[int, torch.Tensor]]:
         lo, hi = chunk_bounds(bucket.data.numel(), self.layout.shards)[self.lane.link.rank]
@@ -269,21 +263,11 @@ class ShardedReducer(Reducer):
             if max(lo, begin) < min(hi, end):
                 yield index, bucket.data[max(lo, begin) : min(hi, end)]
 
-    @torch.no_grad()
-    def update_shards(self, optimizer: Any, used: set[int]) -> None:
-        """Update this rank's shards and gather the parameters. A bucket travels while the next one is updated."""
-        unused = self.layout.place.keys() - used
-        self.weights.adopt()
-        self.update.begin(optimizer, self.gradients.params, self.layout, self.weights)
-        under_way = []
-        for number, bucket in enumerate(self.weights.buckets):
-            with span("update"):
-                self.update.bucket(number, unused, self.layout, self.weights)
-            under_way.append(self._wire.gather(f"parameters {number}", bucket))
-            self.engine.push()
-        for handle in under_way:
-            self.engine.wait(handle)
-        self.update.end(optimizer)
+    def gather_parameters(self, number: int) -> Handle:
+        """Every rank's shard of the parameters of a bucket is on its way to all ranks."""
+        handle = self._wire.gather(f"parameters {number}", self.weights.buckets[number])
+        self.engine.push()
+        return handle
 
 
 def _flagged(bucket: Bucket) -> set[int]:
