@@ -56,6 +56,12 @@ class ModelHandler(Handler):
 class OptimizerHandler(Handler):
     """Momenta, step counts and hyperparameters."""
 
+    def save(self) -> None:
+        """Keep the state; collective where it is sharded, since each rank keeps the whole."""
+        if hasattr(self.value, "consolidate_state_dict"):
+            self.value.consolidate_state_dict(to=None)
+        super().save()
+
     def sync(self) -> None:
         """Take over rank 0's."""
         broadcast_optimizer_state(self.value, 0)

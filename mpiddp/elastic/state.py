@@ -46,7 +46,7 @@ class TorchState(ObjectState):
         super().__setattr__(name, value)
 
     def save(self) -> None:
-        """Copy everything to host memory. Collective where there is a sampler."""
+        """Copy everything to host memory. Collective where there is a sampler, or an optimizer with ``shard=True``."""
         for handler in self._handlers.values():
             handler.save()
         super().save()

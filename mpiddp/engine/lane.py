@@ -20,7 +20,7 @@ __all__ = ["FIRST_TAG", "Lane"]
 
 class Lane:
     """One such sequence. ``mirror``, set by its owner, takes part in one cycle with zeros, for a rank that has
-    joined."""
+    joined; or ``refusal`` says why the rank cannot join."""
 
     def __init__(self, channel: Channel, number: int) -> None:
         self.channel = channel
@@ -30,6 +30,7 @@ class Lane:
         self.is_in_cycle = False
         self.wanted_cycle = 0
         self.mirror: Callable[[], None] | None = None
+        self.refusal: Callable[[], str | None] | None = None
         self._where = channel.ranks, number
         self._counted = channel.presence.lane(lane_key(channel.ranks, number))
         self._first_tag = FIRST_TAG + number % LANES * LANE_TAGS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from threading import Thread
 
@@ -9,6 +10,7 @@ import torch
 
 from .. import runtime
 from ..engine import Engine, Kind, Lane
+from ..errors import MpiddpError
 from ..process_set import ProcessSet, global_process_set
 from .submit import channel_of, submit, wait_for
 
@@ -32,17 +34,23 @@ def join(device: int = -1) -> int:
     a barrier raises on the others while anyone has joined. If several ranks join at once the highest is the answer.
 
     The parameters of a rank that joined early are stale when this returns: broadcast them from the returned rank.
+    Raises MpiddpError at once on a rank that has an optimizer with ``shard=True``.
     ``device`` is accepted for Horovod's sake; zeros are made where they are needed.
     """
     here = runtime.current()
     nothing = torch.empty(0, dtype=torch.uint8)
     channels = here.channels()
+    lanes = [lane for channel in channels for lane in channel.lanes]
+    if _refusal(lanes) is not None:
+        gc.collect()  # an optimizer that nobody uses any more is no reason
+    refusal = _refusal(lanes)
+    if refusal is not None:
+        raise MpiddpError(refusal)
     requests = [submit(channel, Kind.JOIN, nothing, nothing, _JOIN, extent=(channel.unnamed,)) for channel in channels]
 
     def is_over() -> bool:
         return all(request.done for request in requests) or any(request.error is not None for request in requests)
 
-    lanes = [lane for channel in channels for lane in channel.lanes]
     if len(lanes) > 1 and here.world.thread_level in ("serialized", "multiple"):
         _serve_at_once(here.engine, lanes, is_over)
     else:
@@ -51,6 +59,10 @@ def join(device: int = -1) -> int:
         if request.error is not None:
             raise request.error
     return int(requests[0].result)
+
+
+def _refusal(lanes: Sequence[Lane]) -> str | None:
+    return next((why for lane in lanes if lane.refusal is not None and (why := lane.refusal())), None)
 
 
 def _serve(engine: Engine, lanes: Sequence[Lane], is_over: Callable[[], bool]) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import sys
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 
@@ -15,7 +17,7 @@ from ..dtypes import name_of
 from ..engine import Engine, Lane
 from ..errors import MismatchError
 
-__all__ = ["agree_on_order", "agree_on_trained"]
+__all__ = ["agree_on_order", "agree_on_trained", "gather_objects"]
 
 Description = list[tuple[str, tuple[int, ...], str]]
 
@@ -54,6 +56,15 @@ def agree_on_order(engine: Engine, lane: Lane, order: Sequence[int]) -> list[int
     indices = torch.tensor(order if lane.link.rank == 0 else [0] * len(order), dtype=torch.int64)
     engine.wait(lane.launch("order", lambda link, tag: doubling.allreduce(link, indices, ReduceOp.SUM, tag)))
     return [int(index) for index in indices.tolist()]
+
+
+def gather_objects(engine: Engine, lane: Lane, mine: object) -> list[Any]:
+    """Every rank's object, on every rank. Blocking and collective."""
+    payload = torch.frombuffer(bytearray(pickle.dumps(mine)), dtype=torch.uint8)
+    length = torch.tensor([payload.numel()]).view(torch.uint8)
+    lengths = _gather(engine, lane, length, [length.numel()] * lane.link.size)
+    numels = [int.from_bytes(each, sys.byteorder) for each in lengths]
+    return [pickle.loads(each) for each in _gather(engine, lane, payload, numels)]
 
 
 def _gather(engine: Engine, lane: Lane, mine: torch.Tensor, lengths: Sequence[int]) -> list[bytes]:

@@ -17,8 +17,10 @@ from ..op import Adasum, Average, Op, Sum
 from ..ops.submit import channel_of
 from ..process_set import ProcessSet, global_process_set
 from .adasum import wrap_adasum
+from .clipping import check_max_norm, clip_before_steps
 from .options import Options
 from .reducer import Reducer
+from .sharded import check_shardable, wrap_sharded
 from .wrapped import Alone, Wrapped, become
 
 __all__ = ["DistributedOptimizer"]
@@ -36,6 +38,14 @@ class _Distributed(Wrapped):
         if not self._mpiddp_reducer.exchanged or self._mpiddp_reducer.in_flight:
             self._mpiddp_reducer.finish()
         self._mpiddp_synchronized = True
+
+    def clip_grad_norm_(
+        self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
+    ) -> torch.Tensor:
+        """torch.nn.utils.clip_grad_norm_ of the averaged gradients: the same on every rank."""
+        if not self._mpiddp_reducer.exchanged or self._mpiddp_reducer.in_flight:
+            self._mpiddp_reducer.finish()
+        return super().clip_grad_norm_(max_norm, norm_type, error_if_nonfinite)
 
     @contextmanager
     def skip_synchronize(self) -> Iterator[None]:
@@ -81,6 +91,8 @@ def DistributedOptimizer(  # noqa: N802 - the name that scripts know
     process_set: ProcessSet = global_process_set,
     *,
     average_aggregated_gradients: bool = False,
+    shard: bool = False,
+    max_grad_norm: float | None = None,
 ) -> Any:
     """Make ``optimizer`` distributed, and return it: the same object, of a subclass of its class.
 
@@ -100,20 +112,29 @@ def DistributedOptimizer(  # noqa: N802 - the name that scripts know
     - ``groups`` (lists of parameters) or ``num_groups`` (so many equal parts): parameters that share a bucket.
     - ``sparse_as_dense``: make sparse gradients dense; otherwise indices and values are gathered.
     - ``process_set``: average among its members; elsewhere the optimizer goes on by itself, as it was.
+    - ``shard``: each rank keeps the optimizer's state of one part of the parameters and updates that part, and all
+      gather the result (ZeRO-1). After ``backward()`` a gradient lies in parts: ``synchronize()`` makes it whole
+      (docs/sharded.md).
+    - ``max_grad_norm``: ``step()`` first clips the norm of all gradients to it, by ``optimizer.clip_grad_norm_()``.
 
     A parameter that got a gradient on some ranks counts as zeros on the others; one that got none anywhere keeps
     None. A second backward before ``step()`` exchanges what it added; with ``op=Sum`` it raises. Start from equal
     parameters: :func:`broadcast_parameters`.
 
-    Raises ValueError for duplicate, missing or partial names, for LBFGS, and for one that is wrapped already;
-    MismatchError, at the first exchange, when the ranks' parameters differ in name, shape or dtype.
+    Raises ValueError for duplicate, missing or partial names, for LBFGS (with ``shard`` for every optimizer that does
+    not treat each element by itself), and for one that is wrapped already; MismatchError, at the first exchange, when
+    the ranks' parameters differ in name, shape or dtype.
     """
     here = runtime.current()
     _check(optimizer, op, gradient_predivide_factor)
+    check_max_norm(max_grad_norm, op)
     params = [param for group in optimizer.param_groups for param in group["params"]]
     names = _names(optimizer, params, named_parameters)
+    if shard:
+        check_shardable(optimizer, op)
     if process_set.included() is False:
         become(optimizer, Alone)
+        clip_before_steps(optimizer, max_grad_norm)
         return optimizer
     channel = channel_of(process_set)
     if op is Adasum:
@@ -132,11 +153,16 @@ def DistributedOptimizer(  # noqa: N802 - the name that scripts know
         bucket_nbytes=here.config.bucket_nbytes,
         segment_nbytes=here.config.segment_kb << 10,
     )
+    if shard:
+        return wrap_sharded(
+            optimizer, here.engine, channel, names, _passes(backward_passes_per_step), options, max_grad_norm
+        )
     become(optimizer, _Distributed)
     optimizer._mpiddp_reducer = Reducer(  # type: ignore[attr-defined]
         here.engine, channel, params, names, _passes(backward_passes_per_step), options
     )
     optimizer.register_step_pre_hook(_before_step)
+    clip_before_steps(optimizer, max_grad_norm)
     optimizer.register_step_post_hook(_after_step)
     return optimizer
 

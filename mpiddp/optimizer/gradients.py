@@ -7,7 +7,7 @@ writing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -19,10 +19,10 @@ __all__ = ["Gradients"]
 class Gradients:
     """State: belongs to the thread that runs backward; autograd calls hooks one at a time."""
 
-    def __init__(self, sparse_as_dense: bool) -> None:
+    def __init__(self, sparse_as_dense: bool, lay_out: Callable[[Sequence[torch.Tensor]], Layout] = Layout) -> None:
         self.params: list[torch.Tensor] = []
         self.names: list[str] = []
-        self.layout = Layout(self.params)
+        self.layout = lay_out(self.params)
         self.sparse: set[int] = set()  # whose gradients are sparse, here or (once agreed) anywhere
         self.late: dict[int, torch.Tensor] = {}
         self.unsent: dict[int, torch.Tensor] = {}  # sparse here, and exchanged for the ranks where it is dense

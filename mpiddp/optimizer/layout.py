@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Bucket", "Layout", "plan"]
+from ..transport.base import Link
+
+__all__ = ["Bucket", "Layout", "plan", "shared_zeros"]
 
 #: Every gradient begins at a multiple of this, so that vector instructions and foreach kernels find it aligned.
 _ALIGN_NBYTES = 64
@@ -64,15 +66,28 @@ class Bucket:
     tail: torch.Tensor
     usual: torch.Tensor
 
+    @property
+    def data(self) -> torch.Tensor:
+        """The gradients, and what keeps them aligned (zeros): all but the flags."""
+        return self.flat[: -(len(self.indices) + 2)]
+
     @classmethod
-    def over(cls, indices: Sequence[int], params: Sequence[torch.Tensor], zeros: Zeros | None = None) -> Bucket:
-        """A bucket for ``params[i]``, i in ``indices``, all of one dtype and device. ``zeros`` makes those of CPUs."""
+    def over(
+        cls,
+        indices: Sequence[int],
+        params: Sequence[torch.Tensor],
+        zeros: Zeros | None = None,
+        shards: int = 1,
+    ) -> Bucket:
+        """A bucket for ``params[i]``, i in ``indices``, all of one dtype and device; its data can be cut into
+        ``shards`` equal parts that are aligned too. ``zeros`` makes those of CPUs."""
         like = params[indices[0]]
         align = max(1, _ALIGN_NBYTES // like.element_size())
         starts, end = [], 0
         for index in indices:
             starts.append(end)
             end += -(-params[index].numel() // align) * align
+        end = -(-end // (shards * align)) * shards * align
         with torch.no_grad():
             numel = end + len(indices) + 2
             if zeros is not None and like.device.type == "cpu":
@@ -87,6 +102,12 @@ class Bucket:
     def __repr__(self) -> str:
         size = self.flat.numel() * self.flat.element_size() / (1 << 20)
         return f"Bucket({len(self.indices)} parameters, {size:.2f} MiB of {self.flat.dtype} on {self.flat.device})"
+
+
+def shared_zeros(link: Link) -> Zeros | None:
+    """What makes tensors in memory that the members on this node can map; None where they share none."""
+    node = link.levels.local.node if link.levels is not None else link.node
+    return None if node is None else node.memory.segments.empty
 
 
 class Layout:
@@ -121,14 +142,17 @@ class Layout:
         held = {index: params[index].grad for index in order if self.holds(index)}
         self.buckets, self.place = [], {}
         for number, group in enumerate(plan(nbytes, kinds, order, first_nbytes, bucket_nbytes, groups)):
-            bucket = Bucket.over(group, params, self.zeros)
+            bucket = self._bucket(group)
             self.buckets.append(bucket)
-            for at, index in enumerate(group):
+            for at, index in enumerate(bucket.indices):
                 self.place[index] = (number, at)
                 grad = held.pop(index, None)
                 if grad is not None:
                     bucket.views[at].copy_(grad)
                     params[index].grad = bucket.views[at]
+
+    def _bucket(self, group: Sequence[int]) -> Bucket:
+        return Bucket.over(group, self._params, self.zeros)
 
     def __repr__(self) -> str:
         return f"Layout({len(self.place)} parameters in {len(self.buckets)} buckets)"

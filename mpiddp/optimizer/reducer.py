@@ -12,7 +12,7 @@ State: all of it belongs to the thread that runs backward; autograd calls hooks 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from .agreement import agree_on_order, agree_on_trained
 from .autograd import BackwardEnd
 from .gradients import Gradients
 from .hooks import watch_gradient
-from .layout import Bucket, Layout
+from .layout import Bucket, Layout, shared_zeros
 from .options import Options
 from .sparse import gather_sparse
 from .wire import Sending, Wire
@@ -43,15 +43,16 @@ class Reducer:
         names: Sequence[str],
         passes: int,
         options: Options,
+        wire: type[Wire] = Wire,
+        lay_out: Callable[[Sequence[torch.Tensor]], Layout] = Layout,
     ) -> None:
         self.engine = engine
         self.lane = channel.lane()
         self.passes = passes
-        self.gradients = Gradients(options.sparse_as_dense)
-        if channel.link.node is not None:  # gradients are reduced where they lie
-            self.layout.zeros = channel.link.node.memory.segments.empty
+        self.gradients = Gradients(options.sparse_as_dense, lay_out)
+        self.gradients.layout.zeros = shared_zeros(channel.link)  # gradients are reduced where they lie
         self._options = options
-        self._wire = Wire(
+        self._wire = wire(
             self.lane,
             options.compression,
             average=options.average,
@@ -233,8 +234,7 @@ class Reducer:
         if not self._order_agreed:
             self._follow_observed_order()
 
-    # -- what happens seldom
-    # ---------------------------------------------------------------------------------------------
+    # -- what happens seldom -------------------------------------------------------------------------------------------
 
     def _place_newcomers(self) -> None:
         """Some rank got a gradient for a parameter that nobody trained when the layout was made."""
@@ -266,12 +266,15 @@ class Reducer:
 
     def _follow_observed_order(self) -> None:
         """Lay the buckets out in the order in which rank 0's gradients came."""
-        came = [index for index in self._arrived if index in self.layout.place]
-        guess = self.layout.order()
-        order = agree_on_order(self.engine, self.lane, came + [index for index in guess if index not in self._arrived])
-        if order != guess:
+        order = self._observed_order()
+        if order != self.layout.order():
             self._lay_out(order)
+
+    def _observed_order(self) -> list[int]:
+        came = [index for index in self._arrived if index in self.layout.place]
+        rest = [index for index in self.layout.order() if index not in self._arrived]
         self._order_agreed = True
+        return agree_on_order(self.engine, self.lane, came + rest)
 
 
 def _mirror(this: weakref.ref[Reducer]) -> None:

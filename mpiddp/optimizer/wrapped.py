@@ -16,6 +16,16 @@ class Wrapped:
 
     _mpiddp_plain: type[torch.optim.Optimizer]
 
+    def clip_grad_norm_(
+        self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
+    ) -> torch.Tensor:
+        """torch.nn.utils.clip_grad_norm_ of the optimizer's parameters."""
+        params = [param for group in self.param_groups for param in group["params"]]  # type: ignore[attr-defined]
+        return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type, error_if_nonfinite)
+
+    def consolidate_state_dict(self, to: int | None = 0) -> None:
+        """Nothing to do, but where the state is sharded."""
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles are plain optimizers of the wrapped class; wrap them anew."""
         return _plain_copy, (self._mpiddp_plain, self.__getstate__())  # type: ignore[attr-defined]
