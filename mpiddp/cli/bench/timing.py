@@ -1,0 +1,67 @@
+"""The one way in which anything is timed here: everybody in turn, block by block, medians.
+
+Whoever is compared runs in the same minutes on the same cores: a round times one block of each, in an order that moves
+on by one every round, so that nobody always follows the same other. What a block needs is made before its clock starts,
+and all ranks start it together.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["LEAST_ROUNDS", "Limits", "Timed", "interleaved"]
+
+#: Of a median of fewer little can be said, so that the time limit does not cut below it.
+LEAST_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Timed:
+    """``block()`` makes ready and returns the calls that are then timed together, ``calls`` of them."""
+
+    name: str
+    block: Callable[[], Sequence[Callable[[], object]]]
+    calls: int
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Rounds at the most, and seconds after which no further one begins (but never fewer than LEAST_ROUNDS)."""
+
+    rounds: int
+    seconds: float
+
+
+def interleaved(timed: Sequence[Timed], limits: Limits, comm: Any) -> dict[str, float]:
+    """Seconds that one call of each takes: the median over the rounds, then the largest over the ranks of ``comm``.
+
+    Collective. One round more than is counted: the first warms up.
+    """
+    from mpi4py import MPI
+
+    times: dict[str, list[float]] = {each.name: [] for each in timed}
+    began = time.perf_counter()
+    for number in range(limits.rounds + 1):
+        first = number % len(timed)
+        for each in (*timed[first:], *timed[:first]):
+            seconds = _block(each, comm)
+            if number:
+                times[each.name].append(seconds)
+        elapsed = comm.allreduce(time.perf_counter() - began, op=MPI.MAX)  # agreed, so that all stop together
+        if elapsed > limits.seconds and number >= min(LEAST_ROUNDS, limits.rounds):
+            break
+    return {name: comm.allreduce(statistics.median(values), op=MPI.MAX) for name, values in times.items()}
+
+
+def _block(each: Timed, comm: Any) -> float:
+    """Seconds a call of one block."""
+    calls = each.block()
+    comm.Barrier()
+    began = time.perf_counter()
+    for call in calls:
+        call()
+    return (time.perf_counter() - began) / each.calls
