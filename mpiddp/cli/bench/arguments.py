@@ -84,6 +84,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     sums = parser.add_argument_group("all-reduces")
     sums.add_argument("--sizes", type=_sizes, default=list(DEFAULT_SIZES), help="bytes, such as 4,4K,100M")
     sums.add_argument("--dtype", type=_dtype, default=torch.float32, help="by torch's name (default float32)")
+    sums.add_argument("--warm", action="store_true", help="leave large tensors in the caches before a call, too")
     sums.add_argument("--plot", type=Path, metavar="FILE", help="draw the table; needs the extra plot")
     steps = parser.add_argument_group("training steps and memory")
     steps.add_argument(

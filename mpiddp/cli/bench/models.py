@@ -42,7 +42,7 @@ _CLASSES, _LAYERS, _CONTEXT, _VOCABULARY = 10, 6, 64, 256
 
 @dataclass(frozen=True)
 class Model:
-    """``build(width)`` makes the module, ``batch(samples, width)`` what it learns from; ``steps`` are timed as one."""
+    """``build(width)`` makes the module, ``batch(samples, width)`` what it learns from; ``steps`` make a block."""
 
     build: Callable[[int], nn.Module]
     batch: Callable[[int, int], tuple[torch.Tensor, torch.Tensor]]

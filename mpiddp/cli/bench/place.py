@@ -14,7 +14,7 @@ import torch
 from ... import binding, runtime
 from ...version import __version__
 
-__all__ = ["Place", "arrive", "complain", "cpu_model", "say"]
+__all__ = ["Place", "arrive", "cache_nbytes", "complain", "cpu_model", "say"]
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,12 @@ def _header(world: Any, threads: int) -> list[str]:
         f"{threads} thread(s) a rank; rank 0 on {world.host}",
         f"# {cpu_model()}, {facts.cores(facts.usable)} core(s) usable on rank 0's node",
     ]
+
+
+def cache_nbytes(caches: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int:
+    """The size of the largest cache of the first core, in bytes; a large one's where the kernel does not tell."""
+    sizes = [path.read_text().strip() for path in caches.glob("index*/size")]
+    return max((int(text.removesuffix("K")) << 10 for text in sizes if text.endswith("K")), default=64 << 20)
 
 
 def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:

@@ -12,10 +12,10 @@ from ... import runtime
 from . import contenders, plot
 from .contenders import Contender
 from .gloo import close_gloo, open_gloo
-from .place import Place, arrive, complain, say
-from .sizes import algorithm_bandwidth, bus_bandwidth, calls_in_block, size_text
+from .place import Place, arrive, cache_nbytes, complain, say
+from .sizes import SINGLE_FROM_NBYTES, algorithm_bandwidth, bus_bandwidth, calls_in_block, size_text
 from .table import Column, Report, Row, number
-from .timing import Limits, interleaved
+from .timing import Limits, Timing, interleaved
 
 __all__ = ["COLUMNS", "rows", "run"]
 
@@ -27,6 +27,7 @@ COLUMNS = (
     Column("ranks", "ranks", 5),
     Column("contender", "contender", 14, is_left=True),
     Column("time_us", "time us", 11, number(1)),
+    Column("mean_us", "mean us", 11, number(1)),
     Column("algbw_GBs", "algbw GB/s", 10, number(3)),
     Column("busbw_GBs", "busbw GB/s", 10, number(3)),
     Column("time_over_mpiddp", "/ mpiddp", 9, number(2)),
@@ -49,10 +50,13 @@ def run(arguments: Namespace) -> int:
         return 2
     peers = _available(arguments.peers, place)
     limits = Limits(arguments.rounds or ROUNDS, arguments.seconds or SECONDS)
+    sweep = None if arguments.warm else torch.zeros(2 * cache_nbytes(), dtype=torch.uint8)
+    state = "as its zeroing has left it" if sweep is None else "in memory, not in a cache"
+    say(f"# from {size_text(SINGLE_FROM_NBYTES)} a call finds its tensor {state}")
     with Report(COLUMNS, arguments.csv, place.rank == 0) as report:
         for nbytes in _fitting(arguments.sizes, place):
             numel = max(1, nbytes // arguments.dtype.itemsize)
-            for row in _measure(numel, arguments.dtype, peers, place, limits):
+            for row in _measure(numel, arguments.dtype, peers, place, limits, sweep):
                 report.add(row)
     close_gloo()
     if arguments.plot and place.rank == 0:
@@ -93,7 +97,9 @@ def _free_nbytes(meminfo: Path = Path("/proc/meminfo")) -> int:
     return next((int(text.split()[1]) << 10 for text in lines if text.startswith("MemAvailable")), 1 << 62)
 
 
-def _measure(numel: int, dtype: torch.dtype, peers: Sequence[str], place: Place, limits: Limits) -> list[Row]:
+def _measure(
+    numel: int, dtype: torch.dtype, peers: Sequence[str], place: Place, limits: Limits, sweep: torch.Tensor | None
+) -> list[Row]:
     """Check and time everybody at one size. Collective."""
     compared: list[Contender] = [contenders.own()]
     if "gloo" in peers:
@@ -105,12 +111,15 @@ def _measure(numel: int, dtype: torch.dtype, peers: Sequence[str], place: Place,
         contenders.check(contender, place, numel, dtype)
     compared.append(contenders.local(numel, dtype))
     calls = calls_in_block(numel * dtype.itemsize)
-    found = interleaved([contenders.block_of(c, numel, dtype, calls) for c in compared], limits, place.comm)
+    swept = sweep if calls == 1 else None
+    found = interleaved([contenders.block_of(c, numel, dtype, calls, swept) for c in compared], limits, place.comm)
     return rows(found, {c.name: c.op for c in compared}, numel, dtype, place.size)
 
 
-def rows(seconds: Mapping[str, float], ops: Mapping[str, str], numel: int, dtype: torch.dtype, ranks: int) -> list[Row]:
-    """The table's rows of one size, from each contender's seconds a call."""
+def rows(
+    timings: Mapping[str, Timing], ops: Mapping[str, str], numel: int, dtype: torch.dtype, ranks: int
+) -> list[Row]:
+    """The table's rows of one size, from each contender's time of a call."""
     nbytes = numel * dtype.itemsize
     return [
         {
@@ -120,10 +129,11 @@ def rows(seconds: Mapping[str, float], ops: Mapping[str, str], numel: int, dtype
             "op": ops[name],
             "ranks": ranks,
             "contender": name,
-            "time_us": round(each * 1e6, 3),
-            "algbw_GBs": round(algorithm_bandwidth(nbytes, each), 4),
-            "busbw_GBs": round(bus_bandwidth(nbytes, each, ranks), 4) if ops[name] != "add" else None,
-            "time_over_mpiddp": round(each / seconds["mpiddp"], 4),
+            "time_us": round(each.median * 1e6, 3),
+            "mean_us": round(each.mean * 1e6, 3),
+            "algbw_GBs": round(algorithm_bandwidth(nbytes, each.median), 4),
+            "busbw_GBs": round(bus_bandwidth(nbytes, each.median, ranks), 4) if ops[name] != "add" else None,
+            "time_over_mpiddp": round(each.median / timings["mpiddp"].median, 4),
         }
-        for name, each in seconds.items()
+        for name, each in timings.items()
     ]

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-__all__ = ["DEFAULT_SIZES", "algorithm_bandwidth", "bus_bandwidth", "calls_in_block", "parse_size", "size_text"]
+__all__ = [
+    "DEFAULT_SIZES",
+    "SINGLE_FROM_NBYTES",
+    "algorithm_bandwidth",
+    "bus_bandwidth",
+    "calls_in_block",
+    "parse_size",
+    "size_text",
+]
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 #: Powers of 4 from 4 B to 256 MiB, and two that gradients often come in. In bytes.
 DEFAULT_SIZES = tuple(sorted([*(4**n for n in range(1, 15)), 32 << 20, 100 << 20]))
 
-#: A block of calls is timed as one, since a single small call is shorter than what reading the clock disturbs: so many
-#: calls that the library which is fastest at 4 B needs about 1 ms for them, fewer as they grow, one from 4 MiB.
+#: Ranks leave the barrier before a block some microseconds apart: so it has so many calls that they take about a
+#: millisecond, fewer as they grow, and a single one from 1 MiB.
 _MOST_CALLS = 200
-_BLOCK_NBYTES = 4 << 20
+SINGLE_FROM_NBYTES = 1 << 20
 
 
 def parse_size(text: str) -> int:
@@ -47,5 +55,5 @@ def bus_bandwidth(nbytes: int, seconds: float, ranks: int) -> float:
 
 
 def calls_in_block(nbytes: int) -> int:
-    """How many calls of this size are timed together."""
-    return max(1, min(_MOST_CALLS, _BLOCK_NBYTES // nbytes))
+    """How many calls of this size follow one another without a barrier."""
+    return max(1, min(_MOST_CALLS, SINGLE_FROM_NBYTES // nbytes))

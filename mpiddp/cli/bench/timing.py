@@ -1,8 +1,10 @@
-"""The one way in which anything is timed here: everybody in turn, block by block, medians.
+"""The one way in which anything is timed here: everybody in turn, block by block, call by call, medians.
 
 Whoever is compared runs in the same minutes on the same cores: a round times one block of each, in an order that moves
 on by one every round, so that nobody always follows the same other. What a block needs is made before its clock starts,
-and all ranks start it together.
+and all ranks start it together. Each call of a block is timed by itself, so that the median is one of calls: with as
+many ranks as cores, whoever hands over to threads now and then waits for milliseconds, and a block's time would be made
+of that. The mean tells of it.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["LEAST_ROUNDS", "Limits", "Timed", "interleaved"]
+__all__ = ["LEAST_ROUNDS", "Limits", "Timed", "Timing", "interleaved"]
 
 #: Of a median of fewer little can be said, so that the time limit does not cut below it.
 LEAST_ROUNDS = 5
@@ -21,11 +23,10 @@ LEAST_ROUNDS = 5
 
 @dataclass(frozen=True)
 class Timed:
-    """``block()`` makes ready and returns the calls that are then timed together, ``calls`` of them."""
+    """``block()`` makes ready and returns the calls that are then timed."""
 
     name: str
     block: Callable[[], Sequence[Callable[[], object]]]
-    calls: int
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,18 @@ class Limits:
     seconds: float
 
 
-def interleaved(timed: Sequence[Timed], limits: Limits, comm: Any) -> dict[str, float]:
-    """Seconds that one call of each takes: the median over the rounds, then the largest over the ranks of ``comm``.
+@dataclass(frozen=True)
+class Timing:
+    """Seconds a call, on the rank where that is largest."""
 
-    Collective. One round more than is counted: the first warms up.
+    median: float
+    mean: float
+
+
+def interleaved(timed: Sequence[Timed], limits: Limits, comm: Any) -> dict[str, Timing]:
+    """What one call of each takes, over all rounds. Collective on ``comm``.
+
+    One round more than is counted: the first warms up.
     """
     from mpi4py import MPI
 
@@ -50,18 +59,26 @@ def interleaved(timed: Sequence[Timed], limits: Limits, comm: Any) -> dict[str, 
         for each in (*timed[first:], *timed[:first]):
             seconds = _block(each, comm)
             if number:
-                times[each.name].append(seconds)
+                times[each.name] += seconds
         elapsed = comm.allreduce(time.perf_counter() - began, op=MPI.MAX)  # agreed, so that all stop together
         if elapsed > limits.seconds and number >= min(LEAST_ROUNDS, limits.rounds):
             break
-    return {name: comm.allreduce(statistics.median(values), op=MPI.MAX) for name, values in times.items()}
+    return {
+        name: Timing(
+            comm.allreduce(statistics.median(values), op=MPI.MAX), comm.allreduce(statistics.fmean(values), op=MPI.MAX)
+        )
+        for name, values in times.items()
+    }
 
 
-def _block(each: Timed, comm: Any) -> float:
-    """Seconds a call of one block."""
+def _block(each: Timed, comm: Any) -> list[float]:
+    """Seconds of every call of one block."""
     calls = each.block()
+    seconds = []
+    clock = time.perf_counter
     comm.Barrier()
-    began = time.perf_counter()
     for call in calls:
+        began = clock()
         call()
-    return (time.perf_counter() - began) / each.calls
+        seconds.append(clock() - began)
+    return seconds

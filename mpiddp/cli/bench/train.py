@@ -11,7 +11,7 @@ from .gloo import close_gloo, open_gloo
 from .models import DDP, FUSED, LOCAL, MODELS, OPTIMIZERS, OWN, SHARDED, Model, Training, can_shard, parameter_count
 from .place import Place, arrive, say
 from .table import Column, Report, Row, number
-from .timing import Limits, Timed, interleaved
+from .timing import Limits, Timed, Timing, interleaved
 
 __all__ = ["COLUMNS", "rows", "run"]
 
@@ -80,7 +80,7 @@ def _measure(
 
 
 def _timed(way: str, training: Training, model: Model) -> Timed:
-    return Timed(way, lambda: [training.step] * model.steps, model.steps)
+    return Timed(way, lambda: [training.step] * model.steps)
 
 
 def _check(what: str, training: Training, place: Place) -> None:
@@ -94,11 +94,12 @@ def _check(what: str, training: Training, place: Place) -> None:
         )
 
 
-def rows(seconds: Mapping[str, float], model: str, parameters: int, optimizer: str, ranks: int) -> list[Row]:
-    """The table's rows of one model, from each way's seconds a step.
+def rows(timings: Mapping[str, Timing], model: str, parameters: int, optimizer: str, ranks: int) -> list[Row]:
+    """The table's rows of one model, from each way's time of a step.
 
     ``of_what_ddp_adds`` is the time above a local step in parts of what DDP adds; none where DDP adds nothing.
     """
+    seconds = {way: timing.median for way, timing in timings.items()}
     local = seconds[LOCAL]
     added = seconds[DDP] - local if DDP in seconds else 0.0
     return [
