@@ -50,8 +50,6 @@ def interleaved(timed: Sequence[Timed], limits: Limits, comm: Any) -> dict[str, 
 
     One round more than is counted: the first warms up.
     """
-    from mpi4py import MPI
-
     times: dict[str, list[float]] = {each.name: [] for each in timed}
     began = time.perf_counter()
     for number in range(limits.rounds + 1):
@@ -60,15 +58,18 @@ def interleaved(timed: Sequence[Timed], limits: Limits, comm: Any) -> dict[str, 
             seconds = _block(each, comm)
             if number:
                 times[each.name] += seconds
-        elapsed = comm.allreduce(time.perf_counter() - began, op=MPI.MAX)  # agreed, so that all stop together
+        elapsed = _largest(time.perf_counter() - began, comm)  # agreed, so that all stop together
         if elapsed > limits.seconds and number >= min(LEAST_ROUNDS, limits.rounds):
             break
     return {
-        name: Timing(
-            comm.allreduce(statistics.median(values), op=MPI.MAX), comm.allreduce(statistics.fmean(values), op=MPI.MAX)
-        )
+        name: Timing(_largest(statistics.median(values), comm), _largest(statistics.fmean(values), comm))
         for name, values in times.items()
     }
+
+
+def _largest(value: float, comm: Any) -> float:
+    """Over the ranks of ``comm``."""
+    return max(comm.allgather(value))
 
 
 def _block(each: Timed, comm: Any) -> list[float]:
