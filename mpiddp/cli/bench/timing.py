@@ -69,7 +69,7 @@ def interleaved(timed: Sequence[Timed], limits: Limits, comm: Any) -> dict[str, 
 
 def _largest(value: float, comm: Any) -> float:
     """Over the ranks of ``comm``."""
-    return max(comm.allgather(value))
+    return float(max(comm.allgather(value)))
 
 
 def _block(each: Timed, comm: Any) -> list[float]:
