@@ -6,6 +6,7 @@ import array
 import contextlib
 import dataclasses
 import fcntl
+import io
 import os
 import signal
 import socket
@@ -73,8 +74,15 @@ class Rank:
 
 
 def say(text: str) -> None:
-    """``text`` to stderr in one write, so that ranks do not interleave their lines; both streams flushed."""
-    for stream, words in ((sys.stdout, ""), (sys.stderr, text)):
+    """``text`` to stderr in one write, so that ranks do not interleave their lines; both streams flushed.
+
+    A hook over ours may have a buffer in the place of stderr, to write it out when we return, which we do not
+    (torch.distributed puts one there at init_process_group()): then the process's own stderr has the text, too.
+    """
+    streams = [(sys.stdout, ""), (sys.stderr, text)]
+    if isinstance(sys.stderr, io.StringIO):
+        streams.append((sys.__stderr__, text))
+    for stream, words in streams:
         with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, broken or None: nobody reads it
             stream.write(words)
             stream.flush()

@@ -51,6 +51,16 @@ def test_uncaught_exception(mpirun: Any, others: str) -> None:
     assert "rank 0 of 3" not in done.output and "rank 2 of 3" not in done.output, "the others have nothing to say"
 
 
+def test_uncaught_exception_beside_torch_distributed(mpirun: Any) -> None:
+    """Its init_process_group() puts a hook over ours that holds back what ours writes."""
+    begin = "import torch.distributed as d; d.init_process_group('gloo', store=d.HashStore(), rank=0, world_size=1)"
+    done = mpirun(
+        SCRIPT.format(fail=f"{begin}; raise ValueError('bad sample 18')", others=COMPUTES), 2, expect="failure"
+    )
+    assert "uncaught exception on rank 1 of 2 on host " in done.output
+    assert "ValueError: bad sample 18" in done.output
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("fail", "code", "words"),

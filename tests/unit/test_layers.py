@@ -25,8 +25,8 @@ LAYERS = (
     {"built", "ops", "recording"},
     {"optimizer", "functions", "metrics", "sampler", "sync_batch_norm", "backend"},
     {"elastic"},
-    {"__init__", "__main__", "cli"},
-    {"torch"},
+    {"__init__", "cli"},
+    {"__main__", "torch"},
     {"as_horovod"},
 )
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}

