@@ -45,6 +45,10 @@ _TENSOR, _STAGE = 8, 12
 #: Counts within one exchange are below this.
 _BASE = 1 << 24
 
+#: What is packed may be in shared memory up to so many bytes; so many such buffers are kept.
+_LENT_NBYTES = 8 << 20
+_SPARE = 2
+
 #: The page's size for each member.
 PAGE_NBYTES = _SLOTS * _WORDS * 8
 
@@ -79,6 +83,8 @@ class Node:
         self.words = page.cast("q")
         self.local_ranks = list(local_ranks)
         self._slots: dict[int, _Slot] = {}
+        self._spare: list[torch.Tensor] = []
+        self._lent: dict[int, torch.Tensor] = {}
         self._stages: list[tuple[torch.Tensor, _Slot, int]] = []  # and the last exchange of this member that used it
 
     @classmethod
@@ -134,6 +140,25 @@ class Node:
     def retire_stage(self, stage: torch.Tensor, slot: _Slot) -> None:
         """Used up to here: free once all members have ended the exchange that has the slot now."""
         self._stages.append((stage, slot, slot.base))
+
+    # -- buffers for what is packed ------------------------------------------------------------------------------------
+
+    def lend(self, nbytes: int) -> torch.Tensor | None:
+        """Shared memory of at least so many bytes; None where that is too much to be kept for the next time.
+
+        The exchange must have ended on all members, for its peers may write it, before it is taken back.
+        """
+        if nbytes > _LENT_NBYTES:
+            return None
+        buffer = self._spare.pop() if self._spare else self.memory.segments.empty((_LENT_NBYTES,), torch.uint8)
+        self._lent[buffer.data_ptr()] = buffer
+        return buffer
+
+    def take_back(self, tensor: torch.Tensor) -> None:
+        """A tensor at the beginning of what was lent, or of anything else, is needed no more."""
+        buffer = self._lent.pop(tensor.data_ptr(), None)
+        if buffer is not None and len(self._spare) < _SPARE:
+            self._spare.append(buffer)
 
     def __repr__(self) -> str:
         return f"Node(member {self.rank} of {self.size}, {len(self._stages)} staging buffers, {self.memory!r})"
