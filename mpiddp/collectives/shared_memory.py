@@ -73,7 +73,27 @@ def _alone(flat: torch.Tensor, scale: float) -> Steps:
 def _small(node: Node, flat: torch.Tensor, reduction: Reduction, first: float, tag: int) -> Steps:
     with (yield from node.enter(tag)) as session:
         nbytes = _SMALL_NBYTES if flat.nbytes <= _SMALL_NBYTES else DEPTH * STAGED_NBYTES
-        yield from _direct(session, flat, reduction, first, session.stage(nbytes), most_numel(flat))
+        stage = session.stage(nbytes)
+        if flat.numel() > most_numel(flat):
+            yield from _direct(session, flat, reduction, first, stage, most_numel(flat))
+            return
+        own = stage[: flat.nbytes].view(flat.dtype)
+        _stage(flat, first, own)
+        session.count(STAGED, 1)
+        yield from session.wait(STAGED, 1)
+        parts = [
+            own if member == session.rank else session.peer_stage(member, flat.nbytes).view(flat.dtype)
+            for member in range(session.size)
+        ]
+        reduction(parts, flat)
+
+
+def _stage(block: torch.Tensor, first: float, room: torch.Tensor) -> None:
+    """Copy a block, scaled, into the staging buffer."""
+    if first == 1.0:
+        room.copy_(block)
+    else:
+        torch.mul(block, first, out=room)
 
 
 def _steps(node: Node, flat: torch.Tensor, reduction: Reduction, direct: Reduction, first: float, tag: int) -> Steps:
@@ -130,10 +150,7 @@ def _direct(
             taken += 1
             session.count(TAKEN, taken)
         elif staged < min(len(blocks), taken + depth) and _is_free(session, staged, depth):
-            if first == 1.0:
-                own(staged).copy_(blocks[staged])
-            else:
-                torch.mul(blocks[staged], first, out=own(staged))
+            _stage(blocks[staged], first, own(staged))
             staged += 1
             session.count(STAGED, staged)
         else:

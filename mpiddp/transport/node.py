@@ -238,7 +238,7 @@ class Session:
 
     def tensor(self, peer: int, like: torch.Tensor) -> torch.Tensor:
         """A peer's tensor, of the dtype and the length of ``like``."""
-        return self._read_place(_TENSOR, peer)[: like.nbytes].view(like.dtype)
+        return self._read_place(_TENSOR, peer, like.nbytes).view(like.dtype)
 
     def stage(self, nbytes: int) -> torch.Tensor:
         """A staging buffer of this member's own, as bytes, to be read after STAGED is counted."""
@@ -248,11 +248,11 @@ class Session:
         return self._stage
 
     def peer_stage(self, peer: int, nbytes: int) -> torch.Tensor:
-        """A peer's staging buffer."""
-        return self._read_place(_STAGE, peer)[:nbytes]
+        """A peer's staging buffer, or the beginning of it."""
+        return self._read_place(_STAGE, peer, nbytes)
 
-    def _read_place(self, field: int, peer: int) -> torch.Tensor:
+    def _read_place(self, field: int, peer: int, nbytes: int) -> torch.Tensor:
         at = self._slot.at + peer * _WORDS + field
-        number, owner, nbytes, offset = self._words[at : at + 4].tolist()
-        fd = owner & 0xFFFFFFFF
-        return self._node.memory.tensor(self._node.local_ranks[peer], (number, owner >> 32, fd, nbytes, offset))
+        number, owner, of_segment, offset = self._words[at : at + 4].tolist()
+        place = number, owner >> 32, owner & 0xFFFFFFFF, of_segment, offset
+        return self._node.memory.tensor(self._node.local_ranks[peer], place, nbytes)
