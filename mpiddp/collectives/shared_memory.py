@@ -116,7 +116,7 @@ def _in_place(session: Session, flat: torch.Tensor, reduction: Reduction) -> Ste
     rank, peers, numel = session.rank, session.peers, block_numel(BLOCK_NBYTES, flat)
     lo, hi = aligned_cut(flat.numel(), session.size, flat.element_size())[rank]
     tensors = [flat if member == rank else session.tensor(member, flat) for member in range(session.size)]
-    blocks = zip(*(torch.split(tensor[lo:hi], numel) for tensor in tensors), strict=True)
+    blocks = zip(*(torch.unsafe_split(tensor[lo:hi], numel) for tensor in tensors), strict=True)
     turn = _TURN_NBYTES // BLOCK_NBYTES
     for number, parts in enumerate(blocks if lo < hi else ()):
         reduction(parts, parts[rank])
@@ -135,7 +135,7 @@ def _direct(
 
     What has been staged is reduced first, while it is in the cache; only who would wait stages ahead.
     """
-    blocks, rank, depth = torch.split(flat, numel), session.rank, DEPTH
+    blocks, rank, depth = torch.unsafe_split(flat, numel), session.rank, DEPTH
     own = _rooms(stage, blocks, depth)
     rooms: list[_Rooms] = []
     staged = taken = 0
@@ -159,7 +159,7 @@ def _direct(
 
 def _chunked(session: Session, flat: torch.Tensor, reduction: Reduction, stage: torch.Tensor, numel: int) -> Steps:
     """As :func:`_direct`, but each rank reduces its part of each block only, in its own staging buffer."""
-    blocks, rank, depth = torch.split(flat, numel), session.rank, DEPTH
+    blocks, rank, depth = torch.unsafe_split(flat, numel), session.rank, DEPTH
     own = _rooms(stage, blocks, depth)
     rooms: list[_Rooms] = []
     staged = reduced = taken = 0
@@ -197,7 +197,7 @@ _Rooms = Callable[[int], torch.Tensor]
 def _rooms(stage: torch.Tensor, blocks: Sequence[torch.Tensor], depth: int) -> _Rooms:
     """Where in a staging buffer a block has its place. Slicing costs as much as copying 32 KiB: once for all."""
     numel, last = blocks[0].numel(), len(blocks) - 1
-    places = torch.split(stage.view(blocks[0].dtype)[: numel * min(depth, len(blocks))], numel)
+    places = torch.unsafe_split(stage.view(blocks[0].dtype)[: numel * min(depth, len(blocks))], numel)
     place_of_last = places[last % depth][: blocks[last].numel()]
     return lambda number: places[number % depth] if number < last else place_of_last
 
