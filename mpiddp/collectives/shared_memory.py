@@ -32,7 +32,7 @@ STAGED_NBYTES = 256 << 10
 DEPTH = 4
 
 #: Tensors up to here, and with no more than that to read from all peers together, go the direct way wherever they lie:
-#: it has one step. Measured at 2 ranks on 2 cores (24 us at 128 KiB, against 31 in place) and 4 (102 us at 256 KiB, 128).
+#: it has one step. Measured at 2 ranks on 2 cores (24 us at 128 KiB, 31 in place) and 4 (102 us at 256 KiB, 128).
 DIRECT_NBYTES = 192 << 10
 _DIRECT_READ_NBYTES = 1 << 20
 
