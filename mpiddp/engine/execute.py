@@ -36,18 +36,14 @@ def exchange(link: Link, ranks: Sequence[int], run: Run, tag: int, segment_nbyte
     if kind is Kind.BARRIER:
         return _deliver(tree.barrier(link, tag), run.requests)
     requests = run.requests
-    if len(requests) == 1:
-        flat = requests[0].flat
-    else:
-        with span("pack", name=requests[0].name, of=requests):
-            flat = torch.cat([request.flat for request in requests])
+    flat = requests[0].flat if len(requests) == 1 else _pack(link, requests)
     signature = requests[0].signature
     if kind is Kind.BROADCAST:
         root = ranks.index(signature.root)
         steps = through_host(flat, lambda host: select.broadcast(link, host, root, tag))
     else:
         steps = through_host(flat, lambda host: reduction(link, host, signature, tag, segment_nbytes))
-    return _deliver(steps, requests) if len(requests) == 1 else _unpack(steps, requests, flat)
+    return _deliver(steps, requests) if len(requests) == 1 else _unpack(link, steps, requests, flat)
 
 
 def reduction(link: Link, flat: torch.Tensor, signature: Signature, tag: int, segment_nbytes: int) -> Steps:
@@ -77,12 +73,26 @@ def _deliver(steps: Steps, requests: list[Request]) -> Steps:
         request.complete(request.flat)
 
 
-def _unpack(steps: Steps, requests: list[Request], fused: torch.Tensor) -> Steps:
+def _pack(link: Link, requests: list[Request]) -> torch.Tensor:
+    """One tensor of all, in memory that the members share where that is to be had."""
+    flats = [request.flat for request in requests]
+    with span("pack", name=requests[0].name, of=requests):
+        numel, like = sum(flat.numel() for flat in flats), flats[0]
+        room = link.node.lend(numel * like.element_size()) if link.node and like.device.type == "cpu" else None
+        if room is None:
+            return torch.cat(flats)
+        fused = room.view(like.dtype)[:numel]
+        return torch.cat(flats, out=fused)
+
+
+def _unpack(link: Link, steps: Steps, requests: list[Request], fused: torch.Tensor) -> Steps:
     with span("exchange", name=requests[0].name, of=requests):
         yield from steps
     with span("unpack", name=requests[0].name, of=requests):
         pieces = torch.split(fused, [request.flat.numel() for request in requests])
         torch._foreach_copy_([request.flat for request in requests], list(pieces))
+    if link.node is not None:
+        link.node.take_back(fused)
     for request in requests:
         request.complete(request.flat)
 

@@ -70,24 +70,24 @@ class NodeMemory:
         """Whether shared memory is taken when it is first touched, not when it is made."""
         return isinstance(self._files, MemoryFiles)
 
-    def tensor(self, rank: int, place: Place) -> torch.Tensor:
-        """The bytes from ``place`` to the end of its segment. ``rank`` is its owner's among the node's.
+    def tensor(self, rank: int, place: Place, nbytes: int) -> torch.Tensor:
+        """So many bytes at ``place``. ``rank`` is its owner's among the node's.
 
         OSError where it cannot be mapped. Cost: 2 us, and where it was not mapped yet 20 us and the page faults.
         """
-        number, pid, fd, nbytes, offset = place
+        number, pid, fd, of_segment, offset = place
         mapped = self._mapped[rank]
         whole = mapped.get(number)
         if whole is None:
             assert self._files is not None
             self._drop_freed(rank)
-            whole = torch.frombuffer(open_and_map(self._files.path(pid, fd, number), nbytes), dtype=torch.uint8)
+            whole = torch.frombuffer(open_and_map(self._files.path(pid, fd, number), of_segment), dtype=torch.uint8)
             mapped[number] = whole
             if len(mapped) > _MOST_MAPPINGS:
                 mapped.popitem(last=False)
         else:
             mapped.move_to_end(number)
-        return whole[offset:]
+        return whole[offset : offset + nbytes]
 
     def drop_freed(self) -> None:
         """Unmap what the peers have freed. Cost: 0.1 us a rank when there is nothing."""

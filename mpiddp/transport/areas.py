@@ -41,7 +41,7 @@ class Areas:
             return None
         try:
             wholes = [
-                own if member == comm.rank else memory.tensor(local_ranks[member], place)[: own.nbytes]
+                own if member == comm.rank else memory.tensor(local_ranks[member], place, own.nbytes)
                 for member, place in enumerate(places)
             ]
         except OSError:

@@ -46,6 +46,10 @@ _TENSOR, _STAGE = 8, 12
 #: Counts within one exchange are below this.
 _BASE = 1 << 24
 
+#: What is packed may be in shared memory up to so many bytes; so many such buffers are kept.
+_LENT_NBYTES = 8 << 20
+_SPARE = 2
+
 #: The page's size for each member.
 PAGE_NBYTES = _SLOTS * _WORDS * 8
 
@@ -81,6 +85,8 @@ class Node:
         self.local_ranks = list(local_ranks)
         self.areas: Areas | None = None
         self._slots: dict[int, _Slot] = {}
+        self._spare: list[torch.Tensor] = []
+        self._lent: dict[int, torch.Tensor] = {}
         self._stages: list[tuple[torch.Tensor, _Slot, int]] = []  # and the last exchange of this member that used it
 
     @classmethod
@@ -140,6 +146,25 @@ class Node:
     def retire_stage(self, stage: torch.Tensor, slot: _Slot) -> None:
         """Used up to here: free once all members have ended the exchange that has the slot now."""
         self._stages.append((stage, slot, slot.base))
+
+    # -- buffers for what is packed ------------------------------------------------------------------------------------
+
+    def lend(self, nbytes: int) -> torch.Tensor | None:
+        """Shared memory of at least so many bytes; None where that is too much to be kept for the next time.
+
+        The exchange must have ended on all members, for its peers may write it, before it is taken back.
+        """
+        if nbytes > _LENT_NBYTES:
+            return None
+        buffer = self._spare.pop() if self._spare else self.memory.segments.empty((_LENT_NBYTES,), torch.uint8)
+        self._lent[buffer.data_ptr()] = buffer
+        return buffer
+
+    def take_back(self, tensor: torch.Tensor) -> None:
+        """A tensor at the beginning of what was lent, or of anything else, is needed no more."""
+        buffer = self._lent.pop(tensor.data_ptr(), None)
+        if buffer is not None and len(self._spare) < _SPARE:
+            self._spare.append(buffer)
 
     def __repr__(self) -> str:
         return f"Node(member {self.rank} of {self.size}, {len(self._stages)} staging buffers, {self.memory!r})"
@@ -233,7 +258,7 @@ class Session:
 
     def tensor(self, peer: int, like: torch.Tensor) -> torch.Tensor:
         """A peer's tensor, of the dtype and the length of ``like``."""
-        return self._read_place(_TENSOR, peer)[: like.nbytes].view(like.dtype)
+        return self._read_place(_TENSOR, peer, like.nbytes).view(like.dtype)
 
     def stage(self, nbytes: int) -> torch.Tensor:
         """A staging buffer of this member's own, as bytes, to be read after STAGED is counted."""
@@ -243,11 +268,11 @@ class Session:
         return self._stage
 
     def peer_stage(self, peer: int, nbytes: int) -> torch.Tensor:
-        """A peer's staging buffer."""
-        return self._read_place(_STAGE, peer)[:nbytes]
+        """A peer's staging buffer, or the beginning of it."""
+        return self._read_place(_STAGE, peer, nbytes)
 
-    def _read_place(self, field: int, peer: int) -> torch.Tensor:
+    def _read_place(self, field: int, peer: int, nbytes: int) -> torch.Tensor:
         at = self._slot.at + peer * _WORDS + field
-        number, owner, nbytes, offset = self._words[at : at + 4].tolist()
-        fd = owner & 0xFFFFFFFF
-        return self._node.memory.tensor(self._node.local_ranks[peer], (number, owner >> 32, fd, nbytes, offset))
+        number, owner, of_segment, offset = self._words[at : at + 4].tolist()
+        place = number, owner >> 32, owner & 0xFFFFFFFF, of_segment, offset
+        return self._node.memory.tensor(self._node.local_ranks[peer], place, nbytes)

@@ -34,6 +34,7 @@ def many_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(shared_memory, "STAGED_NBYTES", 256)
         monkeypatch.setattr(shared_rounds, "STAGED_NBYTES", 256)
         monkeypatch.setattr(shared_memory, "DIRECT_NBYTES", 64)
+        monkeypatch.setattr(shared_memory, "STAGED_READ_NBYTES", 4096)
     yield
 
 

@@ -45,7 +45,7 @@ def pair(files: SharedFiles) -> Iterator[tuple[NodeMemory, NodeMemory]]:
 def seen_by(reader: NodeMemory, owner: NodeMemory, tensor: torch.Tensor) -> torch.Tensor:
     place = owner.segments.place(tensor)
     assert place is not None
-    return reader.tensor(owner.rank, place)[: tensor.nbytes].view(tensor.dtype)
+    return reader.tensor(owner.rank, place, tensor.nbytes).view(tensor.dtype)
 
 
 def test_a_peer_sees_what_the_owner_writes_and_the_other_way_round(pair: tuple[NodeMemory, NodeMemory]) -> None:
