@@ -93,6 +93,7 @@ def DistributedOptimizer(  # noqa: N802 - the name that scripts know
     average_aggregated_gradients: bool = False,
     shard: bool = False,
     max_grad_norm: float | None = None,
+    deterministic: bool | None = None,
 ) -> Any:
     """Make ``optimizer`` distributed, and return it: the same object, of a subclass of its class.
 
@@ -115,6 +116,10 @@ def DistributedOptimizer(  # noqa: N802 - the name that scripts know
     - ``shard``: each rank keeps the optimizer's state of one part of the parameters and updates that part, and all
       gather the result (ZeRO-1). After ``backward()`` a gradient lies in parts: ``synchronize()`` makes it whole
       (docs/sharded.md).
+    - ``deterministic``: sum in the order of the ranks, 16-bit floats in float32, so that for one number of ranks the
+      averages are the same bits at every bucket size, timing and layout of the ranks over nodes; by default what
+      ``MPIDDP_DETERMINISTIC`` says. On one node it costs nothing; between nodes the hierarchical exchange is given up,
+      so that each node sends what all of its ranks would. Not with lossy compression or Adasum.
     - ``max_grad_norm``: ``step()`` first clips the norm of all gradients to it, by ``optimizer.clip_grad_norm_()``.
 
     A parameter that got a gradient on some ranks counts as zeros on the others; one that got none anywhere keeps
@@ -128,6 +133,8 @@ def DistributedOptimizer(  # noqa: N802 - the name that scripts know
     here = runtime.current()
     _check(optimizer, op, gradient_predivide_factor)
     check_max_norm(max_grad_norm, op)
+    is_ordered = here.config.deterministic if deterministic is None else deterministic
+    _check_ordered(is_ordered, op, compression)
     params = [param for group in optimizer.param_groups for param in group["params"]]
     names = _names(optimizer, params, named_parameters)
     if shard:
@@ -138,9 +145,7 @@ def DistributedOptimizer(  # noqa: N802 - the name that scripts know
         return optimizer
     channel = channel_of(process_set)
     if op is Adasum:
-        _passes(
-            backward_passes_per_step
-        )  # gradients accumulate over whatever comes before step(); checked all the same
+        _passes(backward_passes_per_step)  # they accumulate over whatever comes before step(); checked all the same
         return wrap_adasum(optimizer, params, here.engine, channel, compression)
     options = Options(
         average=op is Average,
@@ -152,6 +157,7 @@ def DistributedOptimizer(  # noqa: N802 - the name that scripts know
         first_nbytes=here.config.first_bucket_nbytes,
         bucket_nbytes=here.config.bucket_nbytes,
         segment_nbytes=here.config.segment_kb << 10,
+        is_ordered=is_ordered,
     )
     if shard:
         return wrap_sharded(
@@ -206,6 +212,14 @@ def _check(optimizer: torch.optim.Optimizer, op: Op, predivide: float) -> None:
         raise ValueError(f"gradient_predivide_factor must be positive, not {predivide!r}")
     if predivide != 1.0 and op is not Average:
         raise ValueError(f"gradient_predivide_factor={predivide} splits the division of an Average; op is {op!r}")
+
+
+def _check_ordered(is_ordered: bool, op: Op, compression: Any) -> None:
+    if is_ordered and (op is Adasum or compression in (Compression.fp16, Compression.bf16)):
+        what = "op=Adasum" if op is Adasum else f"lossy compression ({compression.__name__})"
+        raise ValueError(
+            f"deterministic=True (or MPIDDP_DETERMINISTIC=1) does not go with {what}: leave one of them out"
+        )
 
 
 def _groups(

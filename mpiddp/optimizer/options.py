@@ -24,3 +24,4 @@ class Options:
     first_nbytes: int = 1 << 20
     bucket_nbytes: int = 25 << 20
     segment_nbytes: int = 512 << 10
+    is_ordered: bool = False  # the same bits for any size of buckets and any layout of the ranks over nodes

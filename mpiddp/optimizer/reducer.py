@@ -52,13 +52,7 @@ class Reducer:
         self.gradients = Gradients(options.sparse_as_dense, lay_out)
         self.gradients.layout.zeros = shared_zeros(channel.link)  # gradients are reduced where they lie
         self._options = options
-        self._wire = wire(
-            self.lane,
-            options.compression,
-            average=options.average,
-            predivide=options.predivide,
-            segment_nbytes=options.segment_nbytes,
-        )
+        self._wire = wire(self.lane, options)
         self._end = BackwardEnd(self._backward_ended)
         self._agreed = False
         self._order_agreed = False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -13,6 +12,7 @@ from ..engine import Engine, Handle, Lane
 from ..engine.execute import through_host
 from ..transport.base import Link, Steps
 from .layout import Bucket
+from .options import Options
 
 __all__ = ["Sending", "Wire"]
 
@@ -35,14 +35,15 @@ class Sending:
 
 
 class Wire:
-    """``predivide`` is what gradients are divided by before the sum; the rest of an average comes after it."""
+    """Gradients are divided by ``options.predivide`` before the sum; the rest of an average comes after it."""
 
-    def __init__(self, lane: Lane, compression: Any, *, average: bool, predivide: float, segment_nbytes: int) -> None:
+    def __init__(self, lane: Lane, options: Options) -> None:
         self._lane = lane
-        self._compression = compression
-        self._prescale = 1.0 / predivide
-        self._scale = predivide / lane.link.size if average else 1.0
-        self._segment_nbytes = segment_nbytes
+        self._compression = options.compression
+        self._prescale = 1.0 / options.predivide
+        self._scale = options.predivide / lane.link.size if options.average else 1.0
+        self._segment_nbytes = options.segment_nbytes
+        self._is_ordered = options.is_ordered
 
     @property
     def is_own(self) -> bool:
@@ -78,9 +79,10 @@ class Wire:
         return Sending(handles, arrived)
 
     def _reduce(self, name: str, flat: torch.Tensor) -> Handle:
-        scale, segment = self._scale, self._segment_nbytes
+        how = ReduceOp.SUM, self._scale, self._segment_nbytes, self._is_ordered
 
         def start(link: Link, tag: int) -> Steps:
-            return through_host(flat, lambda host: select.allreduce(link, host, ReduceOp.SUM, tag, scale, segment))
+            op, scale, segment, is_ordered = how
+            return through_host(flat, lambda host: select.allreduce(link, host, op, tag, scale, segment, is_ordered))
 
         return self._lane.launch(name, start)

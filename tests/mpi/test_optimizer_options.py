@@ -130,13 +130,14 @@ def test_predivision(world: Any) -> None:
     """An average is the same whatever the factor; in 16 bits it keeps a sum from overflowing."""
     for factor in (0.5, 3.0, float(world.size())):
         train(world, {"gradient_predivide_factor": factor}, steps=2)
+    may_overflow = world.local_size() < world.size()  # within a node 16-bit floats are added in float32
     for factor in (1.0, float(world.size())):
         weight = nn.Parameter(torch.ones(2))
         optimizer = world.DistributedOptimizer(
             torch.optim.SGD([weight], lr=1.0), compression=world.Compression.fp16, gradient_predivide_factor=factor
         )
         (weight * 40_000.0).sum().backward()
-        assert torch.isfinite(weight.grad).all() == (factor > 1)
+        assert torch.isfinite(weight.grad).all() or (factor == 1 and may_overflow)
         optimizer.synchronize()
     params = [nn.Parameter(torch.ones(1))]
     for options in ({"gradient_predivide_factor": 0.0}, {"gradient_predivide_factor": 2.0, "op": world.Sum}):
@@ -511,3 +512,13 @@ def test_names(world: Any) -> None:
             world.DistributedOptimizer(make(), backward_passes_per_step=passes)
     with pytest.raises(TypeError, match=r"torch\.optim\.Optimizer"):
         world.DistributedOptimizer(model)
+
+
+def test_deterministic_refuses_what_it_cannot_be(world: Any) -> None:
+    for wrong, words in (
+        ({"compression": world.Compression.fp16}, "lossy compression"),
+        ({"op": world.Adasum}, "Adasum"),
+    ):
+        model = torch.nn.Linear(2, 1)
+        with pytest.raises(ValueError, match=words):
+            world.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), deterministic=True, **wrong)

@@ -52,7 +52,8 @@ TRAINING = (
     + """
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(300, 400), torch.nn.Tanh(), torch.nn.Linear(400, 300)).to(torch.{dtype})
-    optimizer = mpiddp.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    optimizer = mpiddp.DistributedOptimizer(optimizer, deterministic=True, shard={shard})
     for _ in range(5):
         optimizer.zero_grad()
         model(random(8, 300).to(torch.{dtype})).square().mean().backward()
@@ -74,9 +75,12 @@ def test_operations(mpirun: Any, layout: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("shard", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_deterministic_bits_are_the_same_for_every_layout_and_bucket_size(mpirun: Any, dtype: str) -> None:
-    program = TRAINING.replace("{dtype}", dtype)
+def test_deterministic_bits_are_the_same_for_every_layout_and_bucket_size(
+    mpirun: Any, dtype: str, shard: bool
+) -> None:
+    program = TRAINING.replace("{dtype}", dtype).replace("{shard}", str(shard))
     runs = [("4", "25"), ("2,2", "25"), ("1,1,1,1", "0.1"), ("3,1", "0.3"), ("4", "0.05")]
     lines = set()
     for layout, bucket_mb in runs:

@@ -53,12 +53,13 @@ class ShardWire(Wire):
         return self._lane.launch(name, start)
 
     def _reduce_scatter(self, name: str, data: torch.Tensor) -> Handle:
-        scale, segment = self._scale, self._segment_nbytes
+        scale, segment, is_ordered = self._scale, self._segment_nbytes, self._is_ordered
         bounds = chunk_bounds(data.numel(), self._lane.link.size)
 
         def start(link: Link, tag: int) -> Steps:
             return through_host(
-                data, lambda host: select.reduce_scatter(link, host, bounds, ReduceOp.SUM, tag, scale, segment)
+                data,
+                lambda host: select.reduce_scatter(link, host, bounds, ReduceOp.SUM, tag, scale, segment, is_ordered),
             )
 
         return self._lane.launch(name, start)
