@@ -452,3 +452,21 @@ def test_an_elastic_state_goes_back(world: Any) -> None:
     train(world, model, optimizer, range(3, 6))
     train_plain(reference, plain, range(6))
     assert_close(model, reference)
+
+
+@pytest.mark.ranks(1)
+def test_alone_everything_is_whole(world: Any) -> None:
+    """A script with shard=True runs without mpirun: gradients can be read, and the state is there."""
+    model, reference = build(), build()
+    optimizer = world.DistributedOptimizer(OPTIMIZERS["adamw"](groups(model)), shard=True)
+    plain = OPTIMIZERS["adamw"](groups(reference))
+    for step in range(3):
+        for net, wrapped in ((model, optimizer), (reference, plain)):
+            wrapped.zero_grad()
+            loss_of(net, batch(step), step == 1).backward()
+            loss_of(net, batch(step + 1), True).backward()
+            nn.utils.clip_grad_norm_(net.parameters(), 0.1)
+            wrapped.step()
+        assert optimizer.state_dict()["state"].keys() == plain.state_dict()["state"].keys()
+        copy.deepcopy(optimizer)
+    assert_close(model, reference)
