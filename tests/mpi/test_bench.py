@@ -22,19 +22,19 @@ def read(path: Path) -> list[dict[str, str]]:
 def test_all_reduces(mpirun: Any, tmp_path: Path, n: int) -> None:
     done = mpirun([*BENCH, "--sizes", "4,4K,1M", *SHORT, "--csv", tmp_path / "a.csv"], n)
     rows = read(tmp_path / "a.csv")
-    names = ["mpiddp", "gloo", "MPI_Allreduce", "x.add_(y)"]
+    names = ["mpiddp", "mpiddp shared", "gloo", "MPI_Allreduce", "x.add_(y)"]
     assert [(int(row["size_bytes"]), row["contender"]) for row in rows] == [
         (nbytes, name) for nbytes in (4, 4096, 1 << 20) for name in names
     ]
     assert all(float(row["time_us"]) > 0 and row["ranks"] == str(n) for row in rows)
     assert rows[0]["time_over_mpiddp"] == "1.0"
     assert done.stdout.count(f"# {n} rank(s) on 1 node(s)") == 1, "one rank writes"
-    assert len(re.findall(r"^ +1 MiB +262144 +float32 +sum", done.stdout, re.MULTILINE)) == 3
+    assert len(re.findall(r"^ +1 MiB +262144 +float32 +sum", done.stdout, re.MULTILINE)) == 4
 
 
 def test_a_dtype_that_mpi_cannot_add_and_no_peers(mpirun: Any, tmp_path: Path) -> None:
     mpirun([*BENCH, "--sizes", "6", "--dtype", "bfloat16", *SHORT, "--csv", tmp_path / "a.csv"], 2)
-    assert [row["contender"] for row in read(tmp_path / "a.csv")] == ["mpiddp", "gloo", "x.add_(y)"]
+    assert [row["contender"] for row in read(tmp_path / "a.csv")] == ["mpiddp", "mpiddp shared", "gloo", "x.add_(y)"]
 
 
 def test_training_steps(mpirun: Any, tmp_path: Path) -> None:

@@ -103,15 +103,21 @@ def test_blocks_shrink_to_one_call() -> None:
     assert {sizes.calls_in_block(n) for n in (1 << 20, 256 << 20)} == {1}
 
 
-TIMINGS = {"mpiddp": Timing(2e-3, 3e-3), "gloo": Timing(8e-3, 9e-3), "x.add_(y)": Timing(1e-3, 1e-3)}
-OPS = {"mpiddp": "sum", "gloo": "sum", "x.add_(y)": "add"}
+TIMINGS = {
+    "mpiddp": Timing(2e-3, 3e-3),
+    "mpiddp shared": Timing(0.5e-3, 0.5e-3),
+    "gloo": Timing(8e-3, 9e-3),
+    "x.add_(y)": Timing(1e-3, 1e-3),
+}
+OPS = dict.fromkeys(TIMINGS, "sum") | {"x.add_(y)": "add"}
 
 
 def test_rows_of_all_reduces() -> None:
-    own, gloo, add = reduce.rows(TIMINGS, OPS, 1000_000, torch.float32, 4)
+    own, shared, gloo, add = reduce.rows(TIMINGS, OPS, 1000_000, torch.float32, 4)
     assert (own["size_bytes"], own["count"], own["dtype"], own["ranks"]) == (4_000_000, 1_000_000, "float32", 4)
     assert (own["time_us"], own["mean_us"], own["algbw_GBs"], own["busbw_GBs"]) == (2000.0, 3000.0, 2.0, 3.0)
     assert (own["time_over_mpiddp"], gloo["time_over_mpiddp"], add["time_over_mpiddp"]) == (1.0, 4.0, 0.5)
+    assert (own["time_over_shared"], shared["time_over_shared"], gloo["time_over_shared"]) == (4.0, 1.0, 16.0)
     assert add["busbw_GBs"] is None and add["op"] == "add"
 
 
@@ -131,7 +137,7 @@ def test_a_line_has_the_head_s_columns() -> None:
     assert "time us" in head and "/ mpiddp" in head
     assert {len(text) for text in (head, *lines)} == {len(head)}
     assert lines[0].split()[:5] == ["4", "KiB", "1024", "float32", "sum"]
-    assert " - " in lines[2], "a local addition has no bus bandwidth"
+    assert " - " in lines[3], "a local addition has no bus bandwidth"
 
 
 def test_the_csv_file_has_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +150,7 @@ def test_the_csv_file_has_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with (tmp_path / "a.csv").open() as file:
         read = list(csv.DictReader(file))
     assert [float(row["time_us"]) for row in read] == [row["time_us"] for row in rows]
-    assert read[2]["busbw_GBs"] == "" and len(said) == 1 + len(rows)
+    assert read[3]["busbw_GBs"] == "" and len(said) == 1 + len(rows)
     assert list(read[0]) == [column.name for column in reduce.COLUMNS]
 
 

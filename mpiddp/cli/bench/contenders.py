@@ -20,11 +20,11 @@ import torch.distributed as dist
 
 from ...errors import CollectiveError
 from ...op import Sum
-from ...ops import allreduce_
+from ...ops import allreduce_, empty
 from .place import Place
 from .timing import Timed
 
-__all__ = ["PEERS", "Contender", "block_of", "check", "gloo", "library", "local", "own"]
+__all__ = ["PEERS", "Contender", "block_of", "check", "gloo", "library", "local", "own", "shared"]
 
 #: What ``--peers`` may name.
 PEERS = ("gloo", "mpi")
@@ -61,6 +61,11 @@ class Contender:
 def own() -> Contender:
     """``mpiddp.allreduce_`` of a tensor that it has never seen."""
     return Contender("mpiddp", lambda tensor: partial(allreduce_, tensor, op=Sum))
+
+
+def shared() -> Contender:
+    """The same of a tensor of ``mpiddp.empty``, in memory that the node's ranks share; one for all calls of a size."""
+    return Contender("mpiddp shared", own().call, is_fresh=False, make=empty)
 
 
 def gloo() -> Contender:

@@ -31,6 +31,7 @@ COLUMNS = (
     Column("algbw_GBs", "algbw GB/s", 10, number(3)),
     Column("busbw_GBs", "busbw GB/s", 10, number(3)),
     Column("time_over_mpiddp", "/ mpiddp", 9, number(2)),
+    Column("time_over_shared", "/ shared", 9, number(2)),
 )
 
 #: Seconds for one size, unless ``--seconds`` says otherwise: the whole default table then takes less than a minute.
@@ -38,7 +39,7 @@ SECONDS = 3.0
 ROUNDS = 30
 
 #: At the most so many tensors of a size are there at once on each rank: x and y, the check's expectation and its mask.
-_TENSORS = 4
+_TENSORS = 5
 
 
 def run(arguments: Namespace) -> int:
@@ -101,7 +102,7 @@ def _measure(
     numel: int, dtype: torch.dtype, peers: Sequence[str], place: Place, limits: Limits, sweep: torch.Tensor | None
 ) -> list[Row]:
     """Check and time everybody at one size. Collective."""
-    compared: list[Contender] = [contenders.own()]
+    compared: list[Contender] = [contenders.own(), contenders.shared()]
     if "gloo" in peers:
         compared.append(contenders.gloo())
     library = contenders.library(place, dtype) if "mpi" in peers else None
@@ -134,6 +135,7 @@ def rows(
             "algbw_GBs": round(algorithm_bandwidth(nbytes, each.median), 4),
             "busbw_GBs": round(bus_bandwidth(nbytes, each.median, ranks), 4) if ops[name] != "add" else None,
             "time_over_mpiddp": round(each.median / timings["mpiddp"].median, 4),
+            "time_over_shared": round(each.median / timings["mpiddp shared"].median, 4),
         }
         for name, each in timings.items()
     ]
