@@ -47,8 +47,8 @@ _MPI_TYPES = {
 class Contender:
     """``call(tensor)`` is a call that all-reduces it, in place, by a sum; ``op`` is what the table says it does.
 
-    ``is_fresh``: each call gets a tensor that is made for it alone. Otherwise all calls of a block get one and the
-    same. ``make(numel, dtype=...)`` allocates them.
+    Each call of a block gets a tensor of its own; ``is_fresh``: made for it alone, otherwise the same in every block.
+    ``make(numel, dtype=...)`` allocates them.
     """
 
     name: str
@@ -94,21 +94,21 @@ def _keep(tensor: torch.Tensor, run: Callable[..., object], *arguments: Any) -> 
     run(*arguments)
 
 
-def local(numel: int, dtype: torch.dtype) -> Contender:
+def local() -> Contender:
     """One ``x.add_(y)`` on each rank, all at the same time, and no exchange."""
-    other = torch.empty(numel, dtype=dtype).zero_()
-    return Contender("x.add_(y)", lambda tensor: partial(tensor.add_, other), op="add")
+    return Contender("x.add_(y)", lambda tensor: partial(tensor.add_, torch.empty_like(tensor).zero_()), op="add")
 
 
 def block_of(contender: Contender, numel: int, dtype: torch.dtype, calls: int, sweep: torch.Tensor | None) -> Timed:
-    """What timing.py takes: each time a block of ``calls`` calls, on tensors of ``numel`` zeros; ``sweep`` as above."""
-    reused = None if contender.is_fresh else contender.make(numel, dtype=dtype)
+    """What timing.py takes: each time a block of ``calls`` calls, and one ahead of them, on tensors of ``numel`` zeros;
+    ``sweep`` as above."""
+    kept: list[torch.Tensor] = []
 
     def block() -> Sequence[Callable[[], object]]:
-        if reused is not None:
-            ready = [contender.call(reused.zero_())] * calls
-        else:
-            ready = [contender.call(contender.make(numel, dtype=dtype).zero_()) for _ in range(calls)]
+        tensors = kept or [contender.make(numel, dtype=dtype) for _ in range(calls + 1)]
+        if not contender.is_fresh:
+            kept[:] = tensors
+        ready = [contender.call(tensor.zero_()) for tensor in tensors]
         if sweep is not None:
             sweep.add_(1)  # not zero_(): storing alone may go past the caches
         return ready

@@ -13,7 +13,7 @@ from . import contenders, plot
 from .contenders import Contender
 from .gloo import close_gloo, open_gloo
 from .place import Place, arrive, cache_nbytes, complain, say
-from .sizes import SINGLE_FROM_NBYTES, algorithm_bandwidth, bus_bandwidth, calls_in_block, size_text
+from .sizes import LARGE_FROM_NBYTES, algorithm_bandwidth, bus_bandwidth, calls_in_block, size_text
 from .table import Column, Report, Row, number
 from .timing import Limits, Timing, interleaved
 
@@ -38,8 +38,8 @@ COLUMNS = (
 SECONDS = 3.0
 ROUNDS = 30
 
-#: At the most so many tensors of a size are there at once on each rank: x and y, the check's expectation and its mask.
-_TENSORS = 5
+#: At the most so many tensors of a size are there at once on each rank: those of two contenders' calls.
+_TENSORS = 10
 
 
 def run(arguments: Namespace) -> int:
@@ -53,7 +53,7 @@ def run(arguments: Namespace) -> int:
     limits = Limits(arguments.rounds or ROUNDS, arguments.seconds or SECONDS)
     sweep = None if arguments.warm else torch.zeros(2 * cache_nbytes(), dtype=torch.uint8)
     state = "as its zeroing has left it" if sweep is None else "in memory, not in a cache"
-    say(f"# from {size_text(SINGLE_FROM_NBYTES)} a call finds its tensor {state}")
+    say(f"# from {size_text(LARGE_FROM_NBYTES)} a call finds its tensor {state}")
     with Report(COLUMNS, arguments.csv, place.rank == 0) as report:
         for nbytes in _fitting(arguments.sizes, place):
             numel = max(1, nbytes // arguments.dtype.itemsize)
@@ -110,9 +110,9 @@ def _measure(
         compared.append(library)
     for contender in compared:
         contenders.check(contender, place, numel, dtype)
-    compared.append(contenders.local(numel, dtype))
+    compared.append(contenders.local())
     calls = calls_in_block(numel * dtype.itemsize)
-    swept = sweep if calls == 1 else None
+    swept = sweep if numel * dtype.itemsize >= LARGE_FROM_NBYTES else None
     found = interleaved([contenders.block_of(c, numel, dtype, calls, swept) for c in compared], limits, place.comm)
     return rows(found, {c.name: c.op for c in compared}, numel, dtype, place.size)
 

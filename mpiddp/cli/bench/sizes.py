@@ -1,10 +1,10 @@
-"""Sizes as people write them, bandwidths in nccl-tests' terms, and how many calls are timed together."""
+"""Sizes as people write them, bandwidths in nccl-tests' terms, and how many calls follow one another."""
 
 from __future__ import annotations
 
 __all__ = [
     "DEFAULT_SIZES",
-    "SINGLE_FROM_NBYTES",
+    "LARGE_FROM_NBYTES",
     "algorithm_bandwidth",
     "bus_bandwidth",
     "calls_in_block",
@@ -18,9 +18,11 @@ _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 DEFAULT_SIZES = tuple(sorted([*(4**n for n in range(1, 15)), 32 << 20, 100 << 20]))
 
 #: Ranks leave the barrier before a block some microseconds apart: so it has so many calls that they take about a
-#: millisecond, fewer as they grow, and a single one from 1 MiB.
+#: millisecond, fewer as they grow. From LARGE_FROM_NBYTES each call's tensor is swept out of the caches before: a few
+#: calls, as many as memory has room for their tensors.
 _MOST_CALLS = 200
-SINGLE_FROM_NBYTES = 1 << 20
+LARGE_FROM_NBYTES = 1 << 20
+_LARGE_CALLS = ((32 << 20, 4), (128 << 20, 2))
 
 
 def parse_size(text: str) -> int:
@@ -56,4 +58,6 @@ def bus_bandwidth(nbytes: int, seconds: float, ranks: int) -> float:
 
 def calls_in_block(nbytes: int) -> int:
     """How many calls of this size follow one another without a barrier."""
-    return max(1, min(_MOST_CALLS, SINGLE_FROM_NBYTES // nbytes))
+    if nbytes < LARGE_FROM_NBYTES:
+        return min(_MOST_CALLS, LARGE_FROM_NBYTES // nbytes)
+    return next((calls for most_nbytes, calls in _LARGE_CALLS if nbytes <= most_nbytes), 1)

@@ -80,7 +80,7 @@ def _measure(
 
 
 def _timed(way: str, training: Training, model: Model) -> Timed:
-    return Timed(way, lambda: [training.step] * model.steps)
+    return Timed(way, lambda: [training.step] * (model.steps + 1))
 
 
 def _check(what: str, training: Training, place: Place) -> None:
