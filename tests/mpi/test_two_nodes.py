@@ -75,8 +75,7 @@ def test_operations(mpirun: Any, layout: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shard", [False, True])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("dtype", "shard"), [("float32", False), ("bfloat16", True)])
 def test_deterministic_bits_are_the_same_for_every_layout_and_bucket_size(mpirun: Any, dtype: str, shard: bool) -> None:
     program = TRAINING.replace("{dtype}", dtype).replace("{shard}", str(shard))
     runs = [("4", "25"), ("2,2", "25"), ("1,1,1,1", "0.1"), ("3,1", "0.3"), ("4", "0.05")]
