@@ -21,7 +21,7 @@ BY_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in (*REDUCIBLE, BO
 
 def name_of(dtype: torch.dtype) -> str:
     """``torch.float32`` as ``float32``."""
-    return str(dtype).removeprefix("torch.")
+    return _NAMES.get(dtype) or str(dtype).removeprefix("torch.")
 
 
 def check(dtype: torch.dtype) -> str:

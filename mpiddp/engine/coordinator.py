@@ -234,6 +234,9 @@ class Coordinator:
 
     def _schedule(self) -> None:
         ready, self._ready = self._ready, []
+        if len(ready) == 1 and self._is_sound(ready[0][1]):
+            self._run([ready[0][1]], None)
+            return
         errors = [
             None if self._is_sound(record) else record.error or problem(key, record, self.ranks, self.left)
             for key, record in ready

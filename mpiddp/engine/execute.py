@@ -26,19 +26,19 @@ def phantom(signature: Signature) -> Request:
 
 def exchange(link: Link, ranks: Sequence[int], run: Run, tag: int, segment_nbytes: int) -> Steps:
     """The exchange of a run; when it ends, its requests are done. ``ranks`` are the members' world ranks."""
-    kind = Kind(run.requests[0].signature.kind)
-    if kind is Kind.ALLGATHER:
+    kind = run.requests[0].signature.kind
+    if kind == Kind.ALLGATHER:
         return _gather(link, run, tag, segment_nbytes)
-    if kind is Kind.ALLTOALL:
+    if kind == Kind.ALLTOALL:
         return _alltoall(link, run, tag)
-    if kind is Kind.REDUCESCATTER:
+    if kind == Kind.REDUCESCATTER:
         return _reduce_scatter(link, run, tag, segment_nbytes)
-    if kind is Kind.BARRIER:
+    if kind == Kind.BARRIER:
         return _deliver(tree.barrier(link, tag), run.requests)
     requests = run.requests
     flat = requests[0].flat if len(requests) == 1 else _pack(link, requests)
     signature = requests[0].signature
-    if kind is Kind.BROADCAST:
+    if kind == Kind.BROADCAST:
         root = ranks.index(signature.root)
         steps = through_host(flat, lambda host: select.broadcast(link, host, root, tag))
     else:
@@ -55,7 +55,7 @@ def reduction(link: Link, flat: torch.Tensor, signature: Signature, tag: int, se
 
 def through_host(flat: torch.Tensor, start: Callable[[torch.Tensor], Steps]) -> Steps:
     """The exchange ``start(flat)``, by way of a copy in host memory where ``flat`` lies on another device."""
-    if flat.device.type == "cpu":
+    if flat.is_cpu:
         return start(flat)
     host = flat.cpu()  # waits for the device
     return _copied_back(start(host), host, flat)

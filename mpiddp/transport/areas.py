@@ -14,7 +14,7 @@ from ..memory.node import NodeMemory
 __all__ = ["AREA_NBYTES", "Areas"]
 
 #: What fits. Above it, torch's operations on blocks cost little beside the data.
-AREA_NBYTES = 64 << 10
+AREA_NBYTES = 128 << 10
 
 #: Views that are remembered.
 _MOST_VIEWS = 4096
