@@ -392,7 +392,7 @@ def test_join_raises_at_once(world: Any) -> None:
     with pytest.raises(world.MpiddpError, match="shard=True"):
         world.join()
     del optimizer
-    assert world.join() == world.size() - 1
+    assert 0 <= world.join() < world.size()
 
 
 def test_zeroing_during_an_exchange_raises_and_a_failed_backward_can_be_finished(world: Any) -> None:
