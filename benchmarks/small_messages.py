@@ -1,6 +1,6 @@
 """Small messages beside torch.distributed's gloo, in one run, interleaved; medians.
 
-    mpirun -np 2 --bind-to none python benchmarks/small_messages.py
+    mpirun -np 2 --bind-to core python benchmarks/small_messages.py
 
 Prints: an all-reduce in place of 4 B to 64 KiB; 1,000 asynchronous all-reduces of 1 KiB, then synchronized; the CPU
 time of an idle engine; a training step in which a single small gradient is exchanged, against the same step on each
@@ -24,30 +24,27 @@ import mpiddp
 SIZES = (4, 256, 1024, 4096, 16384, 65536)
 
 #: Small calls that are timed together.
-CALLS = 20
-
-
-def timed(run: Callable[[], object]) -> float:
-    """Seconds that one call takes."""
-    began = time.perf_counter()
-    run()
-    return time.perf_counter() - began
+CALLS = 100
 
 
 def interleaved(runs: dict[str, Callable[[], object]], rounds: int, calls: int = 1) -> dict[str, float]:
     """The median time of a call of each, in seconds, the largest over the ranks.
 
-    Each round runs all of them, one after the other, so many calls together: a single call would be charged with the
-    threads that the one before it left behind, and with how far apart that left the ranks.
+    Each round runs all of them, one after the other, so many calls together, each timed by itself. All ranks begin
+    together, and of several calls the first does not count: else one would be charged with the threads that the other
+    left behind, and with how far apart it left the ranks.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     for round_number in range(rounds + rounds // 10 + 1):
         for name, run in runs.items():
+            mpiddp.barrier()
             if calls > 1:
                 run()
-            seconds = timed(lambda run=run: [run() for _ in range(calls)]) / calls  # type: ignore[misc]
-            if round_number > rounds // 10:
-                times[name].append(seconds)
+            for _ in range(calls):
+                began = time.perf_counter()
+                run()
+                if round_number > rounds // 10:
+                    times[name].append(time.perf_counter() - began)
     medians = torch.tensor([statistics.median(values) for values in times.values()], dtype=torch.float64)
     return dict(zip(runs, mpiddp.allreduce(medians, op=mpiddp.Max).tolist(), strict=True))
 
@@ -68,7 +65,7 @@ def latency(rounds: int) -> None:
         def own(tensor: torch.Tensor = tensor) -> None:
             mpiddp.allreduce_(tensor)
 
-        found = interleaved({"mpiddp": own, "gloo": gloo}, max(1, rounds // CALLS), CALLS)
+        found = interleaved({"mpiddp": own, "gloo": gloo}, max(10, rounds // CALLS), CALLS)
         say(
             f"{nbytes:>18} B {found['mpiddp'] * 1e6:>7.1f} us {found['gloo'] * 1e6:>7.1f} us "
             f"{found['gloo'] / found['mpiddp']:>12.1f}"
