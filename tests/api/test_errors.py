@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -156,8 +155,9 @@ def test_a_name_in_flight(world: Any, kind: str) -> None:
             name = "name.1" if kind == "grouped" else "name"
             world.allreduce_(other, name=name, prescale_factor=5.0)
         assert torch.equal(other, torch.ones(2))
+        world.barrier()
     else:
-        time.sleep(0.05)
+        world.barrier()  # rank 1 has seen it: only now may the first be completed
         handle = submit()
     world.synchronize(handle)
     world.synchronize(submit())

@@ -133,8 +133,9 @@ def test_a_name_twice_in_flight_raises_on_that_rank_alone(world: Any) -> None:
         handle = world.allreduce_async(torch.ones(2), name="twice")
         with pytest.raises(world.DuplicateNameError, match="'twice'"):
             world.allreduce_async(torch.ones(2), name="twice")
+        world.barrier()
     else:
-        time.sleep(0.05)
+        world.barrier()  # rank 0 has seen it: only now may the first be completed
         handle = world.allreduce_async(torch.ones(2), name="twice")
     assert torch.equal(world.synchronize(handle), torch.ones(2))
     assert torch.equal(world.allreduce(torch.ones(2), name="twice"), torch.ones(2))
@@ -181,8 +182,8 @@ def test_poll(world: Any) -> None:
 
 
 def test_the_barrier(world: Any) -> None:
-    world.barrier()
     began = time.monotonic()
+    world.barrier()
     if world.rank() == 1:
         time.sleep(0.3)
     world.barrier()
