@@ -242,6 +242,7 @@ def test_a_mismatch_in_a_set_concerns_that_set(world: Any) -> None:
 def test_a_barrier_waits_for_its_set_alone(world: Any, shared_path: Any) -> None:
     """Rank 0 stays away from the others' barrier; who is in it waits for each member."""
     size, rank = world.size(), world.rank()
+    began = time.monotonic()
     with added(world, list(range(1, size)), [0]) as (rest, _):
         flag = shared_path / "over"
         if rank == 0:
@@ -250,7 +251,6 @@ def test_a_barrier_waits_for_its_set_alone(world: Any, shared_path: Any) -> None
                 assert time.monotonic() < until
                 time.sleep(0.01)
         else:
-            began = time.monotonic()
             if rank == size - 1:
                 time.sleep(0.2)
             world.barrier(rest)
