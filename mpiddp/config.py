@@ -25,7 +25,8 @@ class Config:
 
     bucket_mb: float = 25.0
     first_bucket_mb: float = 1.0
-    fusion_mb: float = 64.0
+    fusion_mb: float = 8.0
+    heap_mb: float = 64.0
     segment_kb: int = 512
     algorithm: str = ""
     cuda_aware: bool | None = None
@@ -72,6 +73,11 @@ class Config:
     def first_bucket_nbytes(self) -> int:
         """The size of the first bucket, in bytes: small, so that the exchange begins early in backward."""
         return int(self.first_bucket_mb * MIB)
+
+    @property
+    def heap_nbytes(self) -> int:
+        """What malloc is to keep of what gradients leave behind, in bytes."""
+        return int(self.heap_mb * MIB)
 
     def agreed(self) -> dict[str, Any]:
         """The fields on which all ranks must hold rank 0's value."""
@@ -159,6 +165,7 @@ VARIABLES: tuple[Variable, ...] = (
         "small requests are fused up to this many MiB; 0 fuses nothing",
         (("HOROVOD_FUSION_THRESHOLD", 1 / MIB),),
     ),
+    Variable("MPIDDP_HEAP_MB", "heap_mb", _number(0, 2047), "freed memory that malloc keeps for gradients, in MiB"),
     Variable("MPIDDP_SEGMENT_KB", "segment_kb", _whole(1, 1 << 20), "pipelined piece of a ring's chunk in KiB"),
     Variable(
         "MPIDDP_ALGORITHM",

@@ -11,9 +11,13 @@ __all__ = ["fuse"]
 
 _FUSIBLE = frozenset({Kind.ALLREDUCE, Kind.BROADCAST})
 
+#: From here a request has an exchange of its own: packing and unpacking it costs more than an exchange does. Measured
+#: at 2 ranks, for each of 16 of 512 KiB: 69 us together, 104 by themselves; of 1 MiB: 270 and 170.
+_LARGE_NBYTES = 1 << 20
+
 
 def fuse(signatures: Sequence[Signature], limit_nbytes: int) -> list[list[int]]:
-    """Indices of the requests, grouped: neighbours of one kind, dtype, op, root, scale and device, up to
+    """Indices of the requests, grouped: small neighbours of one kind, dtype, op, root, scale and device, up to
     ``limit_nbytes``.
 
     The order is kept, so that a request never overtakes one before it.
@@ -23,7 +27,8 @@ def fuse(signatures: Sequence[Signature], limit_nbytes: int) -> list[list[int]]:
     last: Signature | None = None
     for index, signature in enumerate(signatures):
         size = signature.nbytes
-        if last is not None and total + size <= limit_nbytes and _alike(last, signature):
+        may_join = size < _LARGE_NBYTES and total + size <= limit_nbytes
+        if may_join and last is not None and last.nbytes < _LARGE_NBYTES and _alike(last, signature):
             groups[-1].append(index)
             total += size
         else:

@@ -156,6 +156,7 @@ def DistributedOptimizer(  # noqa: N802 - the name that scripts know
         sparse_as_dense=sparse_as_dense,
         first_nbytes=here.config.first_bucket_nbytes,
         bucket_nbytes=here.config.bucket_nbytes,
+        heap_nbytes=here.config.heap_nbytes,
         segment_nbytes=here.config.segment_kb << 10,
         is_ordered=is_ordered,
     )

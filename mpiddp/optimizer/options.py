@@ -24,4 +24,5 @@ class Options:
     first_nbytes: int = 1 << 20
     bucket_nbytes: int = 25 << 20
     segment_nbytes: int = 512 << 10
+    heap_nbytes: int = 0  # that malloc is to keep, of what gradients leave behind; 0: as it does by itself
     is_ordered: bool = False  # the same bits for any size of buckets and any layout of the ranks over nodes

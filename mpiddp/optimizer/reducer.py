@@ -19,6 +19,7 @@ import torch
 
 from ..engine import Channel, Engine
 from ..errors import CollectiveError, MpiddpError
+from ..memory.heap import keep_freed
 from ..trace import span
 from .agreement import agree_on_order, agree_on_trained
 from .autograd import BackwardEnd
@@ -53,6 +54,8 @@ class Reducer:
         self.gradients.layout.zeros = shared_zeros(channel.link)  # gradients are reduced where they lie
         self._options = options
         self._wire = wire(self.lane, options)
+        if any(param.is_cpu for param in params):
+            keep_freed(options.heap_nbytes)
         self._end = BackwardEnd(self._backward_ended)
         self._agreed = False
         self._order_agreed = False

@@ -9,6 +9,7 @@ more, the difference tells how exact all this is.
 Memory is PSS: private pages, and of pages that several processes share each one's part. A thread reads it all the time,
 so that peaks within backward are seen. The C library is told to take every larger block from the kernel by itself: as a
 rule it begins to keep freed ones back once it has seen some, and the later of two equal trainings needed 16 MiB more.
+So what the library has it keep (``MPIDDP_HEAP_MB``) does not count either.
 """
 
 from __future__ import annotations
@@ -151,6 +152,7 @@ def _rest() -> int:
 
 def _keep_nothing_back() -> None:
     """Have each block of _MAPPED_NBYTES or more mapped by itself, from now on."""
+    config.export({"MPIDDP_HEAP_MB": "0"})
     _from_libc("mallopt")(_M_MMAP_THRESHOLD, _MAPPED_NBYTES)
 
 
