@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from functools import partial
 from typing import TYPE_CHECKING
 
-from . import agreement, binding, config, failure, launch, log, processes, worker
+from . import agreement, binding, config, failure, gpus, launch, log, processes, worker
 from .config import Config
 from .engine import Channel, Engine, Presence
 from .errors import ArgumentError, NotInitializedError, WorkerProcessError
@@ -22,6 +22,7 @@ from .memory import NodeMemory
 from .process_set import ProcessSet
 from .sets import ProcessSets, open_channel
 from .timeline import Timeline, mark_ranges
+from .transport.probe import Answer, cuda_aware
 from .worker import Topology
 from .world import World, start_mpi
 
@@ -59,6 +60,8 @@ class Runtime:
     sets: ProcessSets
     timeline: Timeline
     memory: NodeMemory
+    gpu: gpus.Placement
+    cuda_aware: Answer
 
     def channels(self) -> list[Channel]:
         """Those of all process sets that this rank belongs to, the world's first."""
@@ -99,6 +102,7 @@ def init(
     log.configure(settings.log_level)
     started = launch.detect(config.environ())
     prepared = launch.before_mpi(settings)
+    inquiry = gpus.ask()
     mpi = start_mpi()
     library = mpi.Get_library_version().split("\n")[0].split(",")[0].strip("\0 ")
     launch.check_size(started, mpi.COMM_WORLD.Get_size(), config.environ(), library)
@@ -109,6 +113,8 @@ def init(
     worker.publish(topology)
     launch.after_mpi(config.environ())
     _say(world, prepared.lost, started.kind)
+    gpu = gpus.place(world.node_comm, inquiry.answer())
+    aware = _cuda_aware(world, gpu, library, settings.cuda_aware)
     engine = Engine(world.thread_level, settings.progress_interval_ms / 1000, failure.act_on_pending)
     engine.observe(Presence.on_node(world.node_comm, world.rank), settings.stall_warn_s, settings.stall_abort_s)
     memory = NodeMemory.over(world.node_comm)
@@ -116,7 +122,9 @@ def init(
     engine.add(channel)
     sets = ProcessSets(world, settings, engine, channel, memory)
     timeline = Timeline(engine, channel, world.host, settings.exit_timeout_s)
-    _runtime = Runtime(processes.generation(), settings, world, topology, engine, channel, sets, timeline, memory)
+    _runtime = Runtime(
+        processes.generation(), settings, world, topology, engine, channel, sets, timeline, memory, gpu, aware
+    )
     failure.install(world.rank, world.size, mpi.COMM_WORLD.Abort, engine.is_pushing)
     atexit.register(_at_exit)
     logger.debug("%r", _runtime)
@@ -141,6 +149,16 @@ def _say(world: World, lost: str | None, kind: str) -> None:
     facts = world.node_comm.gather(binding.facts(), 0)
     for warning in binding.warnings_for_node(facts, kind) if facts else []:
         logger.warning("%s", warning)
+
+
+def _cuda_aware(world: World, gpu: gpus.Placement, library: str, wanted: bool | None) -> Answer:
+    """What MPI can do with CUDA's buffers; said once where there are GPUs, and what would be better. Collective."""
+    answer = cuda_aware(world.comm, world.nodes, gpu.index, library, wanted)
+    if world.rank == 0 and (gpu.index is not None or answer.cure):
+        say = logger.warning if wanted and not answer.yes else logger.info
+        way = "go to MPI as they are" if answer.yes else "go by way of host memory"
+        say("tensors on GPUs %s: %s%s", way, answer.why, f"; {answer.cure}" if answer.cure else "")
+    return answer
 
 
 def shutdown() -> None:
