@@ -206,12 +206,11 @@ def test_the_report_s_two_forms() -> None:
 def test_the_watch_speaks_once_and_ends() -> None:
     told: list[Any] = []
     ended = threading.Event()
-    watch = Watch(0.05, told.append, lambda code: (told.append(code), ended.set()))
-    watch.phase = "starting MPI"
-    assert ended.wait(20) and told == ["starting MPI", 2]
-    calm = Watch(1000, told.append, told.append)
+    watch = Watch(0.05, TWO.ranks[0], told.append, lambda code: (told.append(code), ended.set()))
+    assert ended.wait(20) and told == [watch, 2] and watch.phase == "starting"
+    calm = Watch(1000, TWO.ranks[0], told.append, told.append)
     calm.stop()
-    assert told == ["starting MPI", 2]
+    assert told == [watch, 2]
 
 
 def test_fabrics_in_sys(tmp_path: Path) -> None:

@@ -53,10 +53,10 @@ def _run(arguments: argparse.Namespace) -> int:
     speaks = is_first_rank()  # now: MPI's start takes away what it is told by
     alone = look_alone()
 
-    def give_up(phase: str) -> None:
-        _write(Job((alone,), stuck_in=phase, waited_s=arguments.timeout), arguments.json, speaks)
+    def give_up(watch: Watch) -> None:
+        _write(Job((watch.known,), (), watch.phase, watch.timeout_s), arguments.json, speaks)
 
-    watch = Watch(arguments.timeout, give_up)
+    watch = Watch(arguments.timeout, alone, give_up)
     job, own = examine(watch, alone, not arguments.no_measure)
     code = _write(job, arguments.json, own.rank == 0 if own.size > 1 else speaks)
     if own.size > 1:

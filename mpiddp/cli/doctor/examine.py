@@ -54,7 +54,7 @@ def _settings(environ: Mapping[str, str]) -> tuple[Config, str]:
 def examine(watch: Watch, alone: Facts, with_pairs: bool = True) -> tuple[Job, Facts]:
     """Everything, from all ranks; and this rank's own. Collective, unless MPI has left each alone."""
     watch.phase = "starting MPI"
-    own, world = _with_mpi(alone)
+    own, world = _with_mpi(watch, alone)
     if world is None:
         return Job((own,)), own
     watch.phase = "gathering the facts from all ranks"
@@ -63,7 +63,8 @@ def examine(watch: Watch, alone: Facts, with_pairs: bool = True) -> tuple[Job, F
     if any(each.problem for each in ranks):
         return Job(tuple(ranks)), own
     watch.phase = "running mpiddp.init()"
-    own = _with_library(own)
+    watch.known = own
+    own = watch.known = _with_library(own)
     ranks = _everybody().allgather(own)
     if any(each.problem for each in ranks):
         return Job(tuple(ranks)), own
@@ -84,7 +85,7 @@ def _everybody() -> Any:
     return MPI.COMM_WORLD
 
 
-def _with_mpi(alone: Facts) -> tuple[Facts, World | None]:
+def _with_mpi(watch: Watch, alone: Facts) -> tuple[Facts, World | None]:
     """MPI's answers; no world where this process is alone against the launcher's word, or MPI does not start."""
     try:
         launch.before_mpi(_settings(config.environ())[0])
@@ -96,6 +97,7 @@ def _with_mpi(alone: Facts) -> tuple[Facts, World | None]:
         launch.check_size(alone.launch, mpi.COMM_WORLD.size, config.environ(), own.library)
     except LaunchError as error:
         return dataclasses.replace(own, size_problem=str(error)), None
+    watch.phase, watch.known = "finding out who shares a node", own
     world = World.over(None)
     return dataclasses.replace(
         own,

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Callable
+
+from .facts import Facts
 
 __all__ = ["Watch"]
 
 
 class Watch:
-    """``phase`` says what is being done. After ``timeout_s`` ``tell(phase)`` speaks, and the process ends with 2.
+    """``phase`` says what is being done, ``known`` what this rank knows by then. After ``timeout_s`` ``tell(watch)``
+    speaks, and the process ends with 2.
 
     A thread of its own waits; MPI's blocking calls let it run.
     """
 
-    def __init__(self, timeout_s: float, tell: Callable[[str], None], end: Callable[[int], object] = os._exit) -> None:
-        self.phase, self.timeout_s = "starting", timeout_s
+    def __init__(
+        self, timeout_s: float, known: Facts, tell: Callable[[Watch], None], end: Callable[[int], object] = os._exit
+    ) -> None:
+        self.phase, self.known, self.timeout_s = "starting", known, timeout_s
         self._tell, self._end = tell, end
-        self._started = time.monotonic()
         self._over = threading.Event()
         threading.Thread(target=self._wait, name="mpiddp-doctor-watch", daemon=True).start()
 
@@ -27,7 +30,7 @@ class Watch:
         if self._over.wait(self.timeout_s):
             return
         try:
-            self._tell(self.phase)
+            self._tell(self)
         finally:
             self._end(2)
 
