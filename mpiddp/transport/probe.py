@@ -65,7 +65,8 @@ def cuda_aware(
         device is not None, library, launch.mpi_is_wheel(environ), importlib.util.find_spec("libucx") is not None
     )
     reports: list[Capability] = comm.allgather(own)
-    answer = decide(reports, (), wanted, _how(environ))
+    how = _how(environ, wanted)
+    answer = decide(reports, (), wanted, how)
     if answer is not None:
         return answer
     with_gpu = [rank for rank, report in enumerate(reports) if report.has_gpu]
@@ -73,17 +74,20 @@ def cuda_aware(
     verdict = None
     if comm.rank in first.values() and device is not None:
         verdict = (try_it or try_in_child)(device)
-    found = decide(reports, comm.allgather(verdict), wanted, _how(environ))
+    found = decide(reports, comm.allgather(verdict), wanted, how)
     assert found is not None
     return found
 
 
-def _how(environ: Mapping[str, str]) -> str:
+def _how(environ: Mapping[str, str], wanted: bool | None) -> str:
     """How this job is told to let MPI have device buffers."""
     started = launch.detect(environ)
     if started.kind == "open mpi" and not started.is_one_node:
         return f"start with `mpirun {launch.MPIRUN_FLAGS}`"
-    return "set MPIDDP_CUDA_AWARE=1, and call mpiddp.init() above the line `from mpi4py import MPI`"
+    early = "call mpiddp.init() above the line `from mpi4py import MPI`"
+    if wanted:
+        return f"{early}, and leave OMPI_MCA_pml and OMPI_MCA_btl open"
+    return f"set MPIDDP_CUDA_AWARE=1, and {early}"
 
 
 def decide(

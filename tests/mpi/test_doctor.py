@@ -83,6 +83,11 @@ def test_a_rank_without_libucx_is_found_out(mpirun: Any, tmp_path: Any) -> None:
         assert not answer.yes and answer.why == "the UCX that Open MPI v5 uses has no CUDA on rank 1", answer
         assert "on every host" in answer.cure
         assert mpiddp.local_device().type in ("cpu", "cuda")
+
+        import torch
+        from mpiddp.cli.doctor.measure import between_devices
+        for is_aware in (True, False):
+            assert between_devices(world.comm, 1 - world.rank, torch.device("cpu"), is_aware, 1 << 20) > 1e7
         mpiddp.barrier()
     """
     mpirun(script, 2, env={"MPIDDP_CUDA_AWARE": "1", "OMPI_MCA_pml": None})

@@ -113,6 +113,9 @@ def test_an_address_that_several_hosts_have() -> None:
     one_host = dataclasses.replace(both, ranks=tuple(dataclasses.replace(r, host="n0") for r in both.ranks))
     assert findings(one_host) == [], "containers on one host's network"
     assert findings(changed(TWO, 0, machine={"interfaces": (DOCKER,)})) == [], "one host alone has it"
+    for chosen in ({"tcp_excluded": "lo,docker0"}, {"tcp_excluded": "172.17.0.0/16"}, {"tcp_included": "eth0"}):
+        ranks = tuple(dataclasses.replace(each, **chosen) for each in both.ranks)
+        assert findings(dataclasses.replace(both, ranks=ranks)) == [], chosen
 
 
 def test_ranks_bound_to_the_same_core() -> None:
@@ -200,7 +203,9 @@ def test_the_report_s_two_forms() -> None:
     read = json.loads(as_json(examined, found))
     assert read["exit_code"] == 2 and [f["severity"] for f in read["findings"]] == ["error", "warning", "note"]
     assert read["ranks"][3]["cpus"]["affinity"] == [2, 3] and read["pairs"][0]["ranks"] == [0, 1]
-    assert "found nothing wrong" in as_text(job(), [])
+    assert "found nothing wrong" in as_text(job(), []) and "GPUs GB/s" not in text
+    with_gpus = dataclasses.replace(job(), pairs=(Pair((0, 1), "a", 1.0, 2.0, 55.5), Pair((0, 2), "b", 1.0, 2.0)))
+    assert "GPUs GB/s" in as_text(with_gpus, []) and "     55.5  a" in as_text(with_gpus, [])
 
 
 def test_the_watch_speaks_once_and_ends() -> None:

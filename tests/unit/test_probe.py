@@ -143,6 +143,7 @@ def test_how_to_ask_for_it_depends_on_who_carries_the_environment() -> None:
     one_host = {
         f"OMPI_COMM_WORLD_{n}": v for n, v in {"RANK": "0", "SIZE": "2", "LOCAL_RANK": "0", "LOCAL_SIZE": "2"}.items()
     }
-    assert "set MPIDDP_CUDA_AWARE=1" in probe._how(one_host)
-    assert "mpirun --mca pml ucx" in probe._how({**one_host, "OMPI_COMM_WORLD_SIZE": "4"})
-    assert "-x MPIDDP_CUDA_AWARE=1" in probe._how({**one_host, "OMPI_COMM_WORLD_SIZE": "4"})
+    assert "set MPIDDP_CUDA_AWARE=1" in probe._how(one_host, None)
+    assert "mpirun --mca pml ucx" in probe._how({**one_host, "OMPI_COMM_WORLD_SIZE": "4"}, None)
+    assert "leave OMPI_MCA_pml" in probe._how(one_host, True)
+    assert "-x MPIDDP_CUDA_AWARE=1" in probe._how({**one_host, "OMPI_COMM_WORLD_SIZE": "4"}, None)

@@ -122,6 +122,8 @@ def _of_mpi(alone: Facts, mpi: Any) -> Facts:
         launcher_exe=launcher.exe if launcher else "",
         pml=capability(False, library, False, False).pml,
         has_ucx_ib="libuct_ib" in _maps(),
+        tcp_included=config.environ().get("OMPI_MCA_btl_tcp_if_include", ""),
+        tcp_excluded=config.environ().get("OMPI_MCA_btl_tcp_if_exclude", ""),
     )
 
 

@@ -16,7 +16,10 @@ __all__ = ["Facts", "Job", "Pair", "plain"]
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """One rank's. Texts are empty where there is nothing to tell; ``node`` numbers the nodes, by MPI's answer."""
+    """One rank's. Texts are empty where there is nothing to tell; ``node`` numbers the nodes, by MPI's answer.
+
+    ``tcp_included`` and ``tcp_excluded`` are the interfaces that somebody has chosen for Open MPI's TCP.
+    """
 
     rank: int
     size: int
@@ -39,6 +42,8 @@ class Facts:
     thread_level: str = ""
     pml: str = ""
     has_ucx_ib: bool = False
+    tcp_included: str = ""
+    tcp_excluded: str = ""
     memory: str = ""
     gpu: Placement = dataclasses.field(default_factory=lambda: Placement(None, Seen()))
     cuda_aware: Answer = dataclasses.field(default_factory=lambda: Answer(False, ""))
@@ -51,12 +56,16 @@ class Facts:
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """How two ranks exchange: ``way`` in words, GB/s in each direction when both send (None: not measured)."""
+    """How two ranks exchange: ``way`` in words, GB/s in each direction when both send (None: not measured).
+
+    ``gpu_gigabytes_per_s``: from GPU to GPU by MPI, as they are or by way of host memory.
+    """
 
     ranks: tuple[int, int]
     way: str
     gigabytes_per_s: float | None = None
     latency_us: float | None = None
+    gpu_gigabytes_per_s: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)

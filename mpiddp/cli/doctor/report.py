@@ -99,12 +99,14 @@ def _runs(cpus: frozenset[int]) -> Iterator[str]:
 
 
 def _pairs(job: Job) -> Iterator[str]:
+    with_gpus = any(pair.gpu_gigabytes_per_s is not None for pair in job.pairs)
     if job.pairs:
         yield ""
-        yield "  ranks      GB/s  8 bytes in us  way"
+        yield f"  ranks      GB/s  8 bytes in us  {'GPUs GB/s  ' * with_gpus}way"
     for pair in job.pairs:
         ranks = f"{pair.ranks[0]} - {pair.ranks[1]}"
-        yield f"  {ranks:8s} {_figure(pair.gigabytes_per_s):>6s} {_figure(pair.latency_us):>14s}  {pair.way}"
+        gpu = f"{_figure(pair.gpu_gigabytes_per_s):>9s}  " * with_gpus
+        yield f"  {ranks:8s} {_figure(pair.gigabytes_per_s):>6s} {_figure(pair.latency_us):>14s}  {gpu}{pair.way}"
 
 
 def _figure(value: float | None) -> str:

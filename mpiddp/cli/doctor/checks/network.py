@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator
+from ipaddress import ip_address, ip_network
 
 from ..facts import Facts, Job
 from ..finding import Finding, note, warning
+from ..machine import Interface
 
 __all__ = ["CHECKS"]
 
@@ -18,7 +20,9 @@ def addresses_are_unique(job: Job) -> Iterator[Finding]:
     """docker0, virbr0: the same address on several hosts, on which each would talk to itself."""
     owners: dict[tuple[str, str], set[int]] = {}
     for each in job.ranks:
-        for interface in each.machine.interfaces:
+        for interface in each.machine.interfaces if not each.tcp_included else ():
+            if _is_excluded(interface, each.tcp_excluded):
+                continue
             owners.setdefault((interface.name, interface.address), set()).add(each.node)
     nodes_of: dict[str, set[int]] = {}
     names: dict[str, set[str]] = {}
@@ -34,6 +38,16 @@ def addresses_are_unique(job: Job) -> Iterator[Finding]:
             f"several hosts have the same address: {said}; MPI may take it for a way between them and hang",
             f"`mpirun --mca btl_tcp_if_exclude {cure}`; for UCX, UCX_NET_DEVICES=<the one that joins the hosts>",
         )
+
+
+def _is_excluded(interface: Interface, excluded: str) -> bool:
+    """Whether Open MPI's list, of names and networks such as ``lo,172.17.0.0/16``, has it."""
+    for item in excluded.split(","):
+        if item.strip() == interface.name:
+            return True
+        if "/" in item and ip_address(interface.address) in ip_network(item.strip(), strict=False):
+            return True
+    return False
 
 
 def _one_host(job: Job, nodes: set[int]) -> bool:
