@@ -113,17 +113,19 @@ def _of_mpi(alone: Facts, mpi: Any) -> Facts:
     import mpi4py
 
     library = mpi.Get_library_version().split("\n")[0].split(",")[0].strip("\0 ")
-    launcher = processes.daemon()
+    launcher, environ = processes.daemon(), config.environ()
+    pml = capability(False, library, False, False).pml
+    chosen = "UCX_NET_DEVICES" if pml == "ucx" else "OMPI_MCA_btl_tcp_if_include"
     return dataclasses.replace(
         alone,
         versions={**alone.versions, "MPI": library, "mpi4py": mpi4py.__version__},
         library=library,
         libmpi=processes.libmpi_path() or "",
         launcher_exe=launcher.exe if launcher else "",
-        pml=capability(False, library, False, False).pml,
+        pml=pml,
         has_ucx_ib="libuct_ib" in _maps(),
-        tcp_included=config.environ().get("OMPI_MCA_btl_tcp_if_include", ""),
-        tcp_excluded=config.environ().get("OMPI_MCA_btl_tcp_if_exclude", ""),
+        tcp_included=environ.get(chosen, ""),
+        tcp_excluded=environ.get("OMPI_MCA_btl_tcp_if_exclude", ""),
     )
 
 

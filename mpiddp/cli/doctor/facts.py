@@ -18,7 +18,7 @@ __all__ = ["Facts", "Job", "Pair", "plain"]
 class Facts:
     """One rank's. Texts are empty where there is nothing to tell; ``node`` numbers the nodes, by MPI's answer.
 
-    ``tcp_included`` and ``tcp_excluded`` are the interfaces that somebody has chosen for Open MPI's TCP.
+    ``tcp_included`` and ``tcp_excluded`` are the interfaces that somebody has chosen for MPI's TCP.
     """
 
     rank: int
