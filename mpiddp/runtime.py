@@ -9,7 +9,7 @@ from __future__ import annotations
 import atexit
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -115,6 +115,7 @@ def init(
     _say(world, prepared.lost, started.kind)
     gpu = gpus.place(world.node_comm, inquiry.answer())
     aware = _cuda_aware(world, gpu, library, settings.cuda_aware)
+    settings = replace(settings, cuda_aware=aware.yes)  # from here on what MPI does, not what was wished for
     engine = Engine(world.thread_level, settings.progress_interval_ms / 1000, failure.act_on_pending)
     engine.observe(Presence.on_node(world.node_comm, world.rank), settings.stall_warn_s, settings.stall_abort_s)
     memory = NodeMemory.over(world.node_comm)

@@ -23,6 +23,9 @@ __all__ = ["Answer", "Verdict", "cuda_aware", "decide", "try_in_child"]
 #: A start of MPI and a context take a second or two; a layer that hangs is no layer to use.
 TIMEOUT_S = 30.0
 
+#: By these an MPI takes a process for a task of a step, even where it can join none.
+_STEP_PREFIXES = ("SLURM_", "FLUX_", "PALS_", "JSM_", "OMPI_COMM_WORLD_")
+
 _ECHO = Path(__file__).with_name("device_echo.py")
 _WHEELS = "install mpiddp with the extra cuda13 (or cuda12) on every host"
 
@@ -136,8 +139,8 @@ def _cure_of(verdict: Verdict) -> str:
 def try_in_child(device: int, command: Sequence[str] | None = None, timeout_s: float = TIMEOUT_S) -> Verdict:
     """Let a child, which is no rank, send a buffer on GPU ``device`` to itself. ``command`` stands in for it."""
     environ = dict(config.environ())
-    for name in launch.joins(environ):
-        del environ[name]
+    for name in [*launch.joins(environ), *(n for n in environ if n.startswith(_STEP_PREFIXES))]:
+        environ.pop(name, None)
     if command is None:
         command = [sys.executable, str(_ECHO), str(device), str(int("libucx" in sys.modules))]
     try:

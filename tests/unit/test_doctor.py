@@ -20,8 +20,7 @@ from mpiddp.cli.doctor.report import as_json, as_text
 from mpiddp.cli.doctor.watch import Watch
 from mpiddp.launch import Launch
 from mpiddp.transport.probe import Answer
-
-from .recorded_jobs import changed, gpu_rank, job, rank
+from tests.unit.recorded_jobs import changed, gpu_rank, job, rank
 
 
 def only(examined: Job) -> Finding:

@@ -91,6 +91,7 @@ def test_what_a_child_may_do() -> None:
 def test_a_child_is_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PMIX_RANK", "3")
     monkeypatch.setenv("PMI_FD", "7")
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
     source = 'import os; print(\'{"verdict": "%s", "why": ""}\' % ({\'PMIX_RANK\', \'PMI_FD\'} & set(os.environ)))'
     assert child(source) == ("set()", "")
     assert os.environ["PMIX_RANK"] == "3"
