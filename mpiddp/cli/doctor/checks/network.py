@@ -45,8 +45,11 @@ def _is_excluded(interface: Interface, excluded: str) -> bool:
     for item in excluded.split(","):
         if item.strip() == interface.name:
             return True
-        if "/" in item and ip_address(interface.address) in ip_network(item.strip(), strict=False):
-            return True
+        try:
+            if ip_address(interface.address) in ip_network(item.strip(), strict=False):
+                return True
+        except ValueError:
+            continue  # a name
     return False
 
 
