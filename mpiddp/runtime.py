@@ -113,9 +113,7 @@ def init(
     worker.publish(topology)
     launch.after_mpi(config.environ())
     _say(world, prepared.lost, started.kind)
-    gpu = gpus.place(world.node_comm, inquiry.answer())
-    aware = _cuda_aware(world, gpu, library, settings.cuda_aware)
-    settings = replace(settings, cuda_aware=aware.yes)  # from here on what MPI does, not what was wished for
+    gpu, aware, settings = _gpus(world, inquiry, library, settings)
     engine = Engine(world.thread_level, settings.progress_interval_ms / 1000, failure.act_on_pending)
     engine.observe(Presence.on_node(world.node_comm, world.rank), settings.stall_warn_s, settings.stall_abort_s)
     memory = NodeMemory.over(world.node_comm)
@@ -152,14 +150,19 @@ def _say(world: World, lost: str | None, kind: str) -> None:
         logger.warning("%s", warning)
 
 
-def _cuda_aware(world: World, gpu: gpus.Placement, library: str, wanted: bool | None) -> Answer:
-    """What MPI can do with CUDA's buffers; said once where there are GPUs, and what would be better. Collective."""
+def _gpus(world: World, inquiry: gpus.Inquiry, library: str, settings: Config) -> tuple[gpus.Placement, Answer, Config]:
+    """Whose GPU is which, and what MPI does with their memory; said once where there are any. Collective.
+
+    In the settings that are returned ``cuda_aware`` is what MPI does, not what was wished for.
+    """
+    gpu = gpus.place(world.node_comm, inquiry.answer())
+    wanted = settings.cuda_aware
     answer = cuda_aware(world.comm, world.nodes, gpu.index, library, wanted)
     if world.rank == 0 and (gpu.index is not None or answer.cure):
         say = logger.warning if wanted and not answer.yes else logger.info
         way = "go to MPI as they are" if answer.yes else "go by way of host memory"
         say("tensors on GPUs %s: %s%s", way, answer.why, f"; {answer.cure}" if answer.cure else "")
-    return answer
+    return gpu, answer, replace(settings, cuda_aware=answer.yes)
 
 
 def shutdown() -> None:
