@@ -11,6 +11,7 @@ from __future__ import annotations
 from . import built, elastic, errors, functions, ops
 from .built import *
 from .compression import Compression
+from .device import local_device
 from .errors import *
 from .functions import *
 from .metrics import mean
@@ -58,6 +59,7 @@ __all__ = [
     "init",
     "is_homogeneous",
     "is_initialized",
+    "local_device",
     "local_rank",
     "local_size",
     "mean",

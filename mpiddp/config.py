@@ -179,7 +179,7 @@ VARIABLES: tuple[Variable, ...] = (
         _boolean,
         "1: reductions give the same bits whatever the sizes of buckets and the layout of ranks over nodes",
     ),
-    Variable("MPIDDP_CUDA_AWARE", "cuda_aware", _boolean, "1: give device buffers to MPI, 0: never"),
+    Variable("MPIDDP_CUDA_AWARE", "cuda_aware", _boolean, "1: prepare MPI for device buffers, 0: never give it any"),
     Variable("MPIDDP_FAULT_TOLERANT", "fault_tolerant", _boolean, "1: prepare MPI for surviving the death of a rank"),
     Variable(
         "MPIDDP_PROGRESS_INTERVAL_MS",

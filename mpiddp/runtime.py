@@ -9,11 +9,11 @@ from __future__ import annotations
 import atexit
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from . import agreement, binding, config, failure, launch, log, processes, worker
+from . import agreement, binding, config, failure, gpus, launch, log, processes, worker
 from .config import Config
 from .engine import Channel, Engine, Presence
 from .errors import ArgumentError, NotInitializedError, WorkerProcessError
@@ -22,6 +22,7 @@ from .memory import NodeMemory
 from .process_set import ProcessSet
 from .sets import ProcessSets, open_channel
 from .timeline import Timeline, mark_ranges
+from .transport.probe import Answer, cuda_aware
 from .worker import Topology
 from .world import World, start_mpi
 
@@ -59,6 +60,8 @@ class Runtime:
     sets: ProcessSets
     timeline: Timeline
     memory: NodeMemory
+    gpu: gpus.Placement
+    cuda_aware: Answer
 
     def channels(self) -> list[Channel]:
         """Those of all process sets that this rank belongs to, the world's first."""
@@ -99,6 +102,7 @@ def init(
     log.configure(settings.log_level)
     started = launch.detect(config.environ())
     prepared = launch.before_mpi(settings)
+    inquiry = gpus.ask()
     mpi = start_mpi()
     library = mpi.Get_library_version().split("\n")[0].split(",")[0].strip("\0 ")
     launch.check_size(started, mpi.COMM_WORLD.Get_size(), config.environ(), library)
@@ -109,6 +113,7 @@ def init(
     worker.publish(topology)
     launch.after_mpi(config.environ())
     _say(world, prepared.lost, started.kind)
+    gpu, aware, settings = _gpus(world, inquiry, library, settings)
     engine = Engine(world.thread_level, settings.progress_interval_ms / 1000, failure.act_on_pending)
     engine.observe(Presence.on_node(world.node_comm, world.rank), settings.stall_warn_s, settings.stall_abort_s)
     memory = NodeMemory.over(world.node_comm)
@@ -116,7 +121,9 @@ def init(
     engine.add(channel)
     sets = ProcessSets(world, settings, engine, channel, memory)
     timeline = Timeline(engine, channel, world.host, settings.exit_timeout_s)
-    _runtime = Runtime(processes.generation(), settings, world, topology, engine, channel, sets, timeline, memory)
+    _runtime = Runtime(
+        processes.generation(), settings, world, topology, engine, channel, sets, timeline, memory, gpu, aware
+    )
     failure.install(world.rank, world.size, mpi.COMM_WORLD.Abort, engine.is_pushing)
     atexit.register(_at_exit)
     logger.debug("%r", _runtime)
@@ -141,6 +148,21 @@ def _say(world: World, lost: str | None, kind: str) -> None:
     facts = world.node_comm.gather(binding.facts(), 0)
     for warning in binding.warnings_for_node(facts, kind) if facts else []:
         logger.warning("%s", warning)
+
+
+def _gpus(world: World, inquiry: gpus.Inquiry, library: str, settings: Config) -> tuple[gpus.Placement, Answer, Config]:
+    """Whose GPU is which, and what MPI does with their memory; said once where there are any. Collective.
+
+    In the settings that are returned ``cuda_aware`` is what MPI does, not what was wished for.
+    """
+    gpu = gpus.place(world.node_comm, inquiry.answer())
+    wanted = settings.cuda_aware
+    answer = cuda_aware(world.comm, world.nodes, gpu.index, library, wanted)
+    if world.rank == 0 and (gpu.index is not None or answer.cure):
+        say = logger.warning if wanted and not answer.yes else logger.info
+        way = "go to MPI as they are" if answer.yes else "go by way of host memory"
+        say("tensors on GPUs %s: %s%s", way, answer.why, f"; {answer.cure}" if answer.cure else "")
+    return gpu, answer, replace(settings, cuda_aware=answer.yes)
 
 
 def shutdown() -> None:

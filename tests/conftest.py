@@ -56,6 +56,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "ranks(*sizes, timeout_s=60): run on this many ranks of an MPI job")
+    config.addinivalue_line("markers", "gpu: needs a GPU; skipped with the reason where there is none")
     config.addinivalue_line("markers", "slow: starts many jobs of its own; run with --slow, and in CI")
     load_hypothesis_profile()
     if rank.plugin is not None:

@@ -13,8 +13,10 @@ from .detect import Launch, detect
 from .environment import after_mpi, joins
 from .foreign import foreign_launcher, foreign_launcher_here
 from .settings import Prepared, before_mpi, choose_settings, conf_files
+from .ucx import MPIRUN_FLAGS, mpi_is_wheel
 
 __all__ = [
+    "MPIRUN_FLAGS",
     "Launch",
     "Prepared",
     "after_mpi",
@@ -26,4 +28,5 @@ __all__ = [
     "foreign_launcher",
     "foreign_launcher_here",
     "joins",
+    "mpi_is_wheel",
 ]

@@ -41,6 +41,11 @@ class Launch:
     variables: tuple[str, ...] = ()
 
     @property
+    def is_one_node(self) -> bool:
+        """Whether all ranks are on this node, as far as the launcher says; the same on all of them."""
+        return self.kind == "none" or (self.size is not None and self.size == self.local_size)
+
+    @property
     def least_size(self) -> int:
         """The number of ranks that the launcher vouches for: the job's, or where it hides that, this node's."""
         return max(self.size or 1, self.local_size or 1, (self.rank or 0) + 1)

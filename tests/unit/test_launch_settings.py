@@ -13,7 +13,7 @@ import pytest
 from mpiddp import config, launch
 from mpiddp.config import Config
 from mpiddp.errors import ConfigError
-from mpiddp.launch import Launch, choose_settings
+from mpiddp.launch import Launch, choose_settings, mpi_is_wheel
 
 LINKS = {"OMPI_MCA_btl_tcp_links": "2"}
 FOUR = Launch("open mpi", 0, 4, 0, 4)
@@ -37,6 +37,33 @@ def test_cuda_wants_ucx_when_asked_for_and_only_then() -> None:
     ucx = {"OMPI_MCA_pml": "ucx", "OMPI_MCA_opal_common_ucx_tls": "any", "OMPI_MCA_opal_common_ucx_devices": "any"}
     assert choose(Config(cuda_aware=True)) == {**LINKS, **ucx}
     assert choose(Config(cuda_aware=False)) == LINKS
+    assert choose_settings(Config(cuda_aware=True), {}, (), FOUR, 8, is_wheel=False) == LINKS, "a site's own MPI"
+
+
+@pytest.mark.parametrize(("kind", "is_set"), [("open mpi", False), ("slurm", True), ("flux", True), ("pmix", False)])
+def test_on_several_nodes_only_where_the_launcher_carries_the_variable(kind: str, is_set: bool) -> None:
+    """Under mpirun the other hosts do not know of it: ranks that differ in the layer abort in MPI_Init."""
+    found = choose_settings(Config(cuda_aware=True), {}, (), Launch(kind, 0, 8, 0, 4), 8)
+    assert ("OMPI_MCA_pml" in found) == is_set
+    assert choose_settings(Config(cuda_aware=True), {}, (), Launch("none"), 8)["OMPI_MCA_pml"] == "ucx"
+
+
+def test_ucx_chosen_by_mpirun_gets_what_it_needs() -> None:
+    ucx = {"OMPI_MCA_opal_common_ucx_tls": "any", "OMPI_MCA_opal_common_ucx_devices": "any"}
+    assert choose(Config(cuda_aware=True), {"OMPI_MCA_pml": "ucx"}) == {**LINKS, **ucx}
+    assert choose(Config(), {"OMPI_MCA_pml": "ucx"}) == LINKS
+
+
+def test_which_mpi_is_the_wheel(tmp_path: Path) -> None:
+    assert not mpi_is_wheel({}, tmp_path)
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "libmpi.so.12").touch()
+    assert not mpi_is_wheel({}, tmp_path), "MPICH"
+    (tmp_path / "lib" / "libmpi.so.40").touch()
+    assert mpi_is_wheel({}, tmp_path)
+    assert not mpi_is_wheel({"MPI4PY_LIBMPI": "/opt/libmpi.so"}, tmp_path)
+    (tmp_path / "conda-meta").mkdir()
+    assert not mpi_is_wheel({}, tmp_path), "conda's has CUDA of its own"
 
 
 @pytest.mark.parametrize("name", ["OMPI_MCA_pml", "OMPI_MCA_btl"])
@@ -151,5 +178,10 @@ def test_libucx_is_loaded_before_mpi(monkeypatch: pytest.MonkeyPatch) -> None:
         "libucx",
         types.SimpleNamespace(load_library=lambda: loaded.append("ucx")),  # type: ignore[arg-type]
     )
+    monkeypatch.setattr("mpiddp.launch.settings.mpi_is_wheel", lambda environ: True)
     assert launch.before_mpi(Config(cuda_aware=True)).settings["OMPI_MCA_pml"] == "ucx"
     assert loaded == ["ucx"]
+    assert launch.before_mpi(Config(cuda_aware=True)).settings == {}, "a second init() finds its own"
+    monkeypatch.setattr("mpiddp.launch.settings.mpi_is_wheel", lambda environ: False)
+    launch.before_mpi(Config(cuda_aware=True))
+    assert loaded == ["ucx", "ucx"], "a site's MPI keeps its own UCX"

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "mpiddp"
 # The modules and packages directly under mpiddp/, lowest layer first. The files of the first may import each other.
 LAYERS = (
     {"errors", "config", "dtypes", "log", "processes", "trace", "uncompiled", "version"},
-    {"agreement", "binding", "failure", "launch", "worker", "world"},
+    {"agreement", "binding", "failure", "gpus", "launch", "worker", "world"},
     {"memory"},
     {"transport"},
     {"collectives", "compression"},
@@ -22,7 +22,7 @@ LAYERS = (
     {"process_set", "timeline"},
     {"sets"},
     {"runtime"},
-    {"built", "ops", "recording"},
+    {"built", "device", "ops", "recording"},
     {"optimizer", "functions", "metrics", "sampler", "sync_batch_norm", "backend"},
     {"elastic"},
     {"__init__", "cli"},
