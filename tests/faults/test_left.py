@@ -45,16 +45,12 @@ def learnt(done: Any) -> list[int]:
 
 WAITS = {
     "allreduce": "hvd.allreduce(torch.ones(1), name='x')",
-    "unnamed": "hvd.allreduce(torch.ones(1))",
     "large": "hvd.allreduce(torch.ones(1_000_000), name='x')",
-    "async": "hvd.synchronize(hvd.allreduce_async(torch.ones(5), name='x'))",
     "group": "hvd.grouped_allreduce([torch.ones(2), torch.ones(3)], name='x')",
     "allgather": "hvd.allgather(torch.ones(rank + 1, 2))",
-    "broadcast": "hvd.broadcast(torch.ones(3), 0)",
     "barrier": "hvd.barrier()",
     "join": "hvd.join()",
     "add_process_set": "hvd.add_process_set([0])",
-    "object": "hvd.allgather_object({'a': rank})",
 }
 
 
@@ -68,8 +64,7 @@ def test_the_others_wait_already(mpirun: Any, what: str, gone: int) -> None:
     assert learnt(done) == [rank for rank in range(3) if rank != gone] and done.seconds < 20
 
 
-@pytest.mark.parametrize("gone", [0, 2])
-@pytest.mark.parametrize("how", ["shutdown", "exit"])
+@pytest.mark.parametrize(("how", "gone"), [("shutdown", 0), ("exit", 2)])
 def test_the_others_come_later(mpirun: Any, how: str, gone: int) -> None:
     """Also long after the one who left has stopped to wait for them."""
     script = f"gone = {gone}\n{BEGIN}" + (
@@ -85,8 +80,7 @@ def test_the_others_come_later(mpirun: Any, how: str, gone: int) -> None:
         assert learnt(done) == sorted(3 * [rank for rank in range(3) if rank != gone])
 
 
-@pytest.mark.parametrize("gone", [0, 1])
-@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(("when", "gone"), [("before", 0), ("after", 1)])
 def test_in_backward(mpirun: Any, gone: int, when: str) -> None:
     dawdle = "time.sleep(1)" if (when == "after") else "pass"
     wait = "pass" if when == "after" else "time.sleep(1)"
@@ -110,7 +104,7 @@ def test_the_steps_are_the_optimizers(mpirun: Any) -> None:
     mpirun(script, 2, timeout_s=30)
 
 
-@pytest.mark.parametrize("gone", [1, 2])
+@pytest.mark.parametrize("gone", [1])
 def test_in_a_process_set(mpirun: Any, gone: int) -> None:
     """Rank 0, which is no member, computes on and hears of nothing."""
     script = f"gone = {gone}\n{BEGIN}" + (
@@ -124,7 +118,7 @@ def test_in_a_process_set(mpirun: Any, gone: int) -> None:
     assert learnt(mpirun(script, 3, timeout_s=30)) == 2 * [3 - gone]
 
 
-@pytest.mark.parametrize("gone", [1, 2])
+@pytest.mark.parametrize("gone", [2])
 def test_an_optimizer_of_a_process_set(mpirun: Any, gone: int) -> None:
     more = ", process_set=pair"
     script = f"gone = {gone}\n{BEGIN}pair = hvd.add_process_set([1, 2])\n" + (

@@ -23,7 +23,7 @@ def test_init_sets_what_open_mpi_reads_at_its_start(mpirun: Any) -> None:
     assert "WARNING" not in done.output, done
 
 
-@pytest.mark.parametrize("level", ["single", "funneled", "serialized", "multiple"])
+@pytest.mark.parametrize("level", ["single", "multiple"])
 def test_mpi_first(mpirun: Any, level: str) -> None:
     script = f"""
         import mpi4py

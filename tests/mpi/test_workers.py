@@ -84,7 +84,7 @@ def test_data_loader(mpirun: Any, folder: Path, method: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+@pytest.mark.parametrize("method", ["spawn"])
 def test_mpi_in_a_worker_is_a_world_of_one(mpirun: Any, folder: Path, method: str) -> None:
     source = f"""
         import torch
@@ -102,7 +102,7 @@ def test_mpi_in_a_worker_is_a_world_of_one(mpirun: Any, folder: Path, method: st
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+@pytest.mark.parametrize("method", ["forkserver"])
 def test_a_script_that_calls_init_above_its_main_guard(mpirun: Any, folder: Path, method: str) -> None:
     """A new worker runs the script's top level again: init() there takes the parent's word and starts no MPI."""
     source = f"""
