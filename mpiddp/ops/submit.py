@@ -120,7 +120,7 @@ def submit(
         and device == "cpu"
         and op != ReduceOp.ADASUM
         and kind in eagerly.KINDS
-        and eagerly.worthwhile(flat.nbytes, channel.link.size)
+        and eagerly.worthwhile(flat.nbytes, channel.link.size, channel.link.node is not None)
     )
     request = Request(key, signature, flat, deliver, answer, extent, eager)
     if isinstance(key, str):
