@@ -15,6 +15,7 @@ from .memory import NodeMemory
 from .process_set import ProcessSet, global_process_set
 from .transport.among import Among
 from .transport.base import Levels
+from .transport.device import CUDA_AWARE
 from .transport.host import HostLink
 from .transport.mailbox import control_port
 from .transport.node import Node
@@ -32,6 +33,8 @@ def open_channel(comm: Any, ranks: Sequence[int], world: World, settings: Config
     port = control_port(comm, node_comm)
     node_comm.Free()
     link = HostLink(comm, "ordered" if settings.deterministic else settings.algorithm)
+    if settings.cuda_aware:
+        link.ways.way_to = lambda _: CUDA_AWARE
     _lay_out(link, [world.nodes[rank] for rank in ranks], node)
     return Channel(
         link,

@@ -123,6 +123,8 @@ def submit(
         and eagerly.worthwhile(flat.nbytes, channel.link.size)
     )
     request = Request(key, signature, flat, deliver, answer, extent, eager)
+    if device != "cpu":
+        request.passage = channel.link.ways.devices.depart(flat)
     if isinstance(key, str):
         channel.names[key] = request
     return runtime.current().engine.submit(channel, request)
@@ -169,7 +171,7 @@ def poll(handle: Any) -> bool:
 def synchronize(handle: Any) -> Any:
     """Wait for an operation; return its result (a list for a group) or raise its error."""
     if isinstance(handle, Handle):
-        if handle.done and handle.error is None:
+        if handle.done and handle.error is None and handle.passage is None:
             return handle.result
         return runtime.current().engine.wait(handle)
     return handle.collect(synchronize)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from .base import Link, Pending, Region
+from .device import Ways
 from .node import Node
 
 __all__ = ["Among"]
@@ -21,6 +22,11 @@ class Among:
         self._whole, self._ranks = whole, list(ranks)
         self.rank, self.size = self._ranks.index(whole.rank), len(self._ranks)
         self.node, self.algorithm, self.levels = node, whole.algorithm, None
+
+    @property
+    def ways(self) -> Ways:
+        """See :class:`~mpiddp.transport.base.Link`."""
+        return self._whole.ways.among(self._ranks)
 
     def open(self, flat: torch.Tensor) -> _Region:
         """See :class:`~mpiddp.transport.base.Link`."""

@@ -7,12 +7,15 @@ and into which they are received. Whether MPI, shared memory or a simulated netw
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
 from .node import Node
 from .steps import Steps, drain
+
+if TYPE_CHECKING:
+    from .device import Ways
 
 __all__ = ["Levels", "Link", "Pending", "Region", "Steps", "drain", "nothing_to_move"]
 
@@ -64,6 +67,11 @@ class Link(Protocol):
     @property
     def algorithm(self) -> str:
         """The algorithm that is wanted wherever it is possible; empty: the one that suits."""
+        ...
+
+    @property
+    def ways(self) -> Ways:
+        """How tensors of devices travel."""
         ...
 
     def open(self, flat: torch.Tensor) -> Region:

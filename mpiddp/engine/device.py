@@ -1,0 +1,106 @@
+"""Exchanges of tensors that lie on a device: on the exchange's own streams, by way of whole copies in host memory where
+they are small, segment by segment where they are large."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ..memory.streams import Device, Passage, on_exchange_streams
+from ..transport.base import Link, Steps
+from ..transport.device import DeviceLink, Ways
+from .lane import Lane
+from .request import Handle
+
+__all__ = ["WHOLE_NBYTES", "Start", "carried", "crossing", "depart", "launch", "placed", "segmented"]
+
+#: Up to here a tensor is exchanged as a whole copy in host memory: two copies and the CPU's collective cost less than
+#: the ring's kernels and pieces.
+WHOLE_NBYTES = 256 << 10
+
+#: An exchange that works on the tensor it is given, over the link that it is given.
+Start = Callable[[Link, torch.Tensor], Steps]
+
+
+def carried(passages: Sequence[Passage], build: Callable[[], Steps]) -> Steps:
+    """The exchange that ``build`` makes, on the streams of the passages' devices, behind what made the tensors.
+
+    A generator inherits the streams of whoever resumes it, so they are set, and set back, around each step.
+    """
+    with on_exchange_streams(passages):
+        for passage in passages:
+            passage.begin()
+        steps = build()
+    while True:
+        with on_exchange_streams(passages):
+            try:
+                mark = next(steps)
+            except StopIteration:
+                return
+        yield mark
+
+
+def placed(link: Link, flat: torch.Tensor, start: Start, is_whole: bool = False) -> Steps:
+    """``start`` over ``flat`` where it lies, or over a copy of it in host memory; on the exchange stream.
+
+    ``is_whole``: by way of a copy whatever the size, which must be the same on every member.
+    """
+    if is_whole or flat.nbytes <= WHOLE_NBYTES:
+        ways = link.ways
+        return _by_host(ways, ways.devices.of(flat), flat, lambda host: start(link, host))
+    return segmented(link, flat, start)
+
+
+def segmented(link: Link, flat: torch.Tensor, start: Start) -> Steps:
+    """``start`` over ``flat`` where it lies, piece by piece; on the exchange stream."""
+    return start(DeviceLink(link, link.ways.devices.of(flat)), flat)
+
+
+def _by_host(ways: Ways, device: Device, flat: torch.Tensor, start: Callable[[torch.Tensor], Steps]) -> Steps:
+    buffer = ways.pinned.take(flat.nbytes)
+    host = buffer[: flat.nbytes].view(flat.dtype)
+    host.copy_(flat, non_blocking=True)
+    copied = device.exchange.record_event()
+    while not copied.query():
+        yield None
+    yield from start(host)
+    flat.copy_(host, non_blocking=True)
+    ways.pinned.give_back(buffer, after=device.exchange.record_event())
+
+
+def depart(link: Link, flat: torch.Tensor) -> Passage | None:
+    """For a tensor that lies on a device: the calling thread's stream hands it over now."""
+    return None if flat.is_cpu else link.ways.devices.depart(flat)
+
+
+def crossing(link: Link, flat: torch.Tensor, passage: Passage | None, start: Start, is_whole: bool = False) -> Steps:
+    """The exchange ``start(link, flat)``, wherever ``flat`` lies; ``passage`` is what :func:`depart` gave."""
+    if passage is None:
+        return start(link, flat)
+    return _crossing(link, flat, passage, start, is_whole)
+
+
+def _crossing(link: Link, flat: torch.Tensor, passage: Passage, start: Start, is_whole: bool) -> Steps:
+    yield from carried([passage], lambda: placed(link, flat, start, is_whole))
+    passage.finish()
+
+
+def launch(
+    lane: Lane,
+    name: str,
+    flat: torch.Tensor,
+    start: Callable[[Link, torch.Tensor, int], Steps],
+    is_whole: bool = False,
+) -> Handle:
+    """Launch ``start(link, flat, tag)`` on ``lane``, wherever ``flat`` lies."""
+    passage = depart(lane.link, flat)
+    if passage is None:
+        return lane.launch(name, lambda link, tag: start(link, flat, tag))
+
+    def cross(link: Link, tag: int) -> Steps:
+        return crossing(link, flat, passage, lambda link, flat: start(link, flat, tag), is_whole)
+
+    handle = lane.launch(name, cross)
+    handle.passage = passage
+    return handle
