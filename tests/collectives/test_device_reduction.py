@@ -1,5 +1,5 @@
-"""The reduction on a GPU equals the naive one: torch's path on CPU tensors; the kernels compiled for the CPU by g++, one
-thread after the other; and on a GPU where there is one (tests/gpu)."""
+"""The reduction on a GPU equals the naive one: torch's path on CPU tensors; the kernels compiled for the CPU by g++, a
+single thread; and on a GPU where there is one (tests/gpu)."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def naive(op: ReduceOp, parts: list[torch.Tensor], scale: float) -> torch.Tensor
     """One after the other; 16-bit floats in float32, rounded once."""
     dtype = parts[0].dtype
     wide = torch.float32 if dtype in SIXTEEN_BIT else dtype
-    total = parts[0].to(wide)
+    total = parts[0].to(wide, copy=True)
     for part in parts[1:]:
         op.combine(total, part.to(wide), out=total)
     return scale_(total, scale).to(dtype)
