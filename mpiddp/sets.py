@@ -53,9 +53,12 @@ def _lay_out(link: HostLink, nodes: Sequence[int], node: Node | None) -> None:
     local = by_node[nodes[link.rank]]
     if len(by_node) == 1:
         link.node = node
+        link.ways.can_map = link.size > 1 and link.algorithm in ("", "shared_memory", "ordered")
     elif len(local) > 1 and all(len(members) == len(local) for members in by_node.values()):
         place = local.index(link.rank)
-        link.levels = Levels(Among(link, local, node), Among(link, [members[place] for members in by_node.values()]))
+        within = Among(link, local, node)
+        within.ways.can_map = link.algorithm in ("", "hierarchical")
+        link.levels = Levels(within, Among(link, [members[place] for members in by_node.values()]))
 
 
 class ProcessSets:

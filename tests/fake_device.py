@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mpiddp.transport.base import Pending, nothing_to_move
+from mpiddp.transport.among import Among
+from mpiddp.transport.base import Levels, Pending, nothing_to_move
 from mpiddp.transport.device import Ways
 from tests.simulation import Network, SimulatedLink
 
@@ -238,8 +239,12 @@ class FakeLink:
     def __init__(self, link: SimulatedLink, driver: FakeDriver, way_to: Callable[[int], str]) -> None:
         self._link, self.driver = link, driver
         self.rank, self.size, self.algorithm = link.rank, link.size, ""
-        self.node = self.levels = None
+        self.node = self.gpus = None
+        self.levels: Levels | None = None
         self.ways = Ways(way_to, driver)
+
+    def among(self, ranks: Sequence[int]) -> Among:
+        return Among(self, ranks)  # type: ignore[arg-type]
 
     def open(self, flat: torch.Tensor) -> _Region:
         return _Region(self._link.open(flat), self.driver)

@@ -169,16 +169,15 @@ def _kernel(dtype: str, op: ReduceOp, count: int, targets: int, is_aligned: bool
 
 def _launch(op: ReduceOp, parts: Sequence[torch.Tensor], outs: Sequence[torch.Tensor], scale: float) -> None:
     cupy = _cupy()
-    first = parts[0]
+    first, device = parts[0], torch.cuda.current_device()  # not a peer's, whose part may come first
     addresses = [tensor.data_ptr() for tensor in (*parts, *outs)]
     is_aligned = not any(address % 16 for address in addresses)
     kernel = _kernel(name_of(first.dtype), op, len(parts), len(outs), is_aligned)
     numel = first.numel()
     work = -(-first.nbytes // 16) if is_aligned else numel
     arguments = [*(np.uint64(address) for address in addresses), np.uint64(numel), *_factors(first.dtype, scale)]
-    index = first.device.index
-    stream = cupy.cuda.ExternalStream(torch.cuda.current_stream(first.device).cuda_stream, index)
-    with cupy.cuda.Device(index), stream:
+    stream = cupy.cuda.ExternalStream(torch.cuda.current_stream(device).cuda_stream, device)
+    with cupy.cuda.Device(device), stream:
         kernel((min(_BLOCKS, -(-work // _THREADS)),), (_THREADS,), arguments)
 
 
@@ -195,16 +194,20 @@ def combine(op: ReduceOp, first: torch.Tensor, second: torch.Tensor, out: torch.
 
 def reduce_parts(op: ReduceOp, parts: Sequence[torch.Tensor], outs: Sequence[torch.Tensor], scale: float = 1.0) -> None:
     """Each of ``outs`` becomes ``scale * (x_0 op x_1 op ...)`` of ``parts``, combined in their order, on the current
-    stream. ``outs`` may be among ``parts``; all are contiguous, of one length, dtype and device.
+    stream and device. ``outs`` may be among ``parts``; all are contiguous, of one length and dtype. What lies on other
+    devices is memory of peers.
 
     Cost by a kernel: each part is read once, each result written once.
     """
     first = parts[0]
     if not first.numel():
         return
-    if first.is_cuda and len(parts) + len(outs) <= _POINTERS and name_of(first.dtype) in _TYPES and has_kernels():
+    if outs[0].is_cuda and len(parts) + len(outs) <= _POINTERS and name_of(first.dtype) in _TYPES and has_kernels():
         _launch(op, parts, outs, scale)
         return
+    out = outs[0]
+    parts = [part if part.device == out.device else part.to(out.device) for part in parts]
+    parts = [out if part.data_ptr() == out.data_ptr() else part for part in parts]  # Reduction asks which one it is
     if len(parts) == 1:
         scale_(outs[0].copy_(first), scale)
     else:

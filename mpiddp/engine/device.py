@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from ..collectives import cuda_ipc
 from ..memory.streams import Device, Passage, on_exchange_streams
 from ..transport.base import Link, Steps
 from ..transport.device import DeviceLink, Ways
@@ -54,7 +55,8 @@ def placed(link: Link, flat: torch.Tensor, start: Start, is_whole: bool = False)
 
 def segmented(link: Link, flat: torch.Tensor, start: Start) -> Steps:
     """``start`` over ``flat`` where it lies, piece by piece; on the exchange stream."""
-    return start(DeviceLink(link, link.ways.devices.of(flat)), flat)
+    yield from cuda_ipc.agree(link, flat.device)
+    yield from start(DeviceLink(link, link.ways.devices.of(flat)), flat)
 
 
 def _by_host(ways: Ways, device: Device, flat: torch.Tensor, start: Callable[[torch.Tensor], Steps]) -> Steps:

@@ -15,6 +15,7 @@ from .node import Node
 from .steps import Steps, drain
 
 if TYPE_CHECKING:
+    from ..memory.ipc import DeviceMemory
     from .device import Ways
 
 __all__ = ["Levels", "Link", "Pending", "Region", "Steps", "drain", "nothing_to_move"]
@@ -57,6 +58,11 @@ class Link(Protocol):
     @property
     def node(self) -> Node | None:
         """Memory that all members share; None where they are on several nodes, or cannot."""
+        ...
+
+    @property
+    def gpus(self) -> DeviceMemory | None:
+        """Memory of GPUs that all members map; None where they do not, or for tensors in host memory."""
         ...
 
     @property

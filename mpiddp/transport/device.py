@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from ..log import logger
+from ..memory.ipc import DeviceMemory, Libcuda, PeerMemory
 from ..memory.pinned import Pinned
 from ..memory.streams import Device, Devices, Driver
 from . import cuda_aware, staged
@@ -29,11 +31,37 @@ class Ways:
         self.devices = Devices(driver)
         self.pinned = Pinned(self.devices.driver)
         self.way_to = way_to
+        self.can_map = False  # whether the members, all on one node, are to map each other's memory
+        self.mapped: bool | None = None  # whether they do; None: not found out yet, or
+        self.is_asking = False  # just now
+        self.stages: list[torch.Tensor] = []  # memory that peers map, for tensors that they cannot map
+        self._memory: DeviceMemory | None = None
+
+    @property
+    def memory(self) -> DeviceMemory:
+        """Memory that peers can map. OSError where there is no driver."""
+        if self._memory is None:
+            self._memory = PeerMemory(Libcuda())
+        return self._memory
+
+    @memory.setter
+    def memory(self, memory: DeviceMemory) -> None:
+        self._memory = memory
+
+    def empty(self, numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """A flat tensor, of whatever content, where exchanges need not copy it."""
+        if self.can_map and self.mapped is not False:
+            try:
+                return self.memory.empty(numel, dtype, device)
+            except OSError as error:
+                logger.debug("no GPU memory that peers could map: %s", error)
+        return torch.empty(numel, dtype=dtype, device=device)
 
     def among(self, ranks: Sequence[int]) -> Ways:
         """The same, for a link among these members."""
         fewer = copy.copy(self)
         fewer.way_to = lambda peer: self.way_to(ranks[peer])
+        fewer.can_map, fewer.mapped, fewer.is_asking = False, None, False
         return fewer
 
     def __repr__(self) -> str:
@@ -43,7 +71,7 @@ class Ways:
 class DeviceLink:
     """Lives as long as one exchange, which runs on the exchange stream of ``device``."""
 
-    __slots__ = ("_queues", "_ways", "algorithm", "device", "host", "levels", "node", "rank", "size")
+    __slots__ = ("_queues", "_ways", "algorithm", "device", "gpus", "host", "levels", "node", "rank", "size")
 
     def __init__(self, host: Link, device: Device, ways: Ways | None = None, queues: Queues | None = None) -> None:
         self.host, self.device = host, device
@@ -51,6 +79,7 @@ class DeviceLink:
         self._queues = Queues() if queues is None else queues
         self.rank, self.size, self.algorithm = host.rank, host.size, host.algorithm
         self.node = None  # no other process reads a device's memory by a pointer of its own
+        self.gpus = self._ways.memory if self._ways.mapped else None
         self.levels: Levels | None = None
         if host.levels is not None:
             local, cross = host.levels
