@@ -100,6 +100,9 @@ class FakeDriver:
     def keep(self, tensor: torch.Tensor, stream: FakeStream) -> None:
         pass
 
+    def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        target.copy_(source)
+
     def pinned(self, nbytes: int) -> torch.Tensor:
         return self.tracker.put_on_host(torch.empty(nbytes, dtype=torch.uint8))
 

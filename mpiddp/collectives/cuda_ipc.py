@@ -76,8 +76,9 @@ def _say(told: Sequence[str]) -> None:
     rank, why = next((rank, reason) for rank, reason in enumerate(told) if reason)
     logger.warning(
         "the ranks of this node do not map each other's GPU memory, so gradients on GPUs go through host memory or "
-        "MPI, which is slower: local rank %d could not map that %s. Where each rank sees its own GPU alone, let all see "
-        "all (with Slurm's --gpus-per-task, add --gpu-bind=none); in containers, ranks need one PID and one IPC namespace",
+        "MPI, which is slower: local rank %d could not map that %s. Where each rank sees its own GPU alone, let all "
+        "see all (with Slurm's --gpus-per-task, add --gpu-bind=none); in containers, ranks need one PID and one IPC "
+        "namespace",
         rank,
         why,
     )

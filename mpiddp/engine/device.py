@@ -62,12 +62,12 @@ def segmented(link: Link, flat: torch.Tensor, start: Start) -> Steps:
 def _by_host(ways: Ways, device: Device, flat: torch.Tensor, start: Callable[[torch.Tensor], Steps]) -> Steps:
     buffer = ways.pinned.take(flat.nbytes)
     host = buffer[: flat.nbytes].view(flat.dtype)
-    host.copy_(flat, non_blocking=True)
+    device.driver.copy(flat, host)
     copied = device.exchange.record_event()
     while not copied.query():
         yield None
     yield from start(host)
-    flat.copy_(host, non_blocking=True)
+    device.driver.copy(host, flat)
     ways.pinned.give_back(buffer, after=device.exchange.record_event())
 
 

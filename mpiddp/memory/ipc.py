@@ -181,7 +181,7 @@ class PeerMemory:
             torch.cuda.synchronize(device)  # seldom; whoever had the block may still use it on some stream
         raw = _Raw(block.address, block.nbytes)  # torch keeps it as long as the memory is in use
         weakref.finalize(raw, self._freed.append, block).atexit = False
-        flat = torch.as_tensor(raw, device=torch.device("cuda", ordinal))
+        flat = self._over(raw)
         return flat[: numel * dtype.itemsize].view(dtype)
 
     def record(self, tensor: torch.Tensor) -> bytes | None:
@@ -209,7 +209,11 @@ class PeerMemory:
             raise MpiddpError(
                 f"GPU memory of a rank on this node, which could be mapped before, cannot be mapped: {error}"
             ) from error
-        return torch.as_tensor(raw).view(like.dtype)
+        return self._over(raw).view(like.dtype)
+
+    def _over(self, raw: _Raw) -> torch.Tensor:
+        """Bytes on the device that the address belongs to; no context is made there."""
+        return torch.as_tensor(raw)
 
     def token(self, device: torch.device) -> bytes:
         """See :class:`DeviceMemory`. The block is never used for anything else."""

@@ -69,6 +69,10 @@ class Driver(Protocol):
         """``stream`` uses the tensor: its memory is not handed out again before that has ended."""
         ...
 
+    def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Between the device and pinned memory, on the current stream; the host goes on."""
+        ...
+
     def pinned(self, nbytes: int) -> torch.Tensor:
         """Host memory, as bytes, that the device copies from and to by itself while the host goes on."""
         ...
@@ -96,6 +100,10 @@ class Cuda:
     def keep(self, tensor: torch.Tensor, stream: Stream) -> None:
         """See :class:`Driver`."""
         tensor.record_stream(stream)  # type: ignore[arg-type]
+
+    def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """See :class:`Driver`."""
+        target.copy_(source, non_blocking=True)
 
     def pinned(self, nbytes: int) -> torch.Tensor:
         """See :class:`Driver`."""

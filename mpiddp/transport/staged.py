@@ -66,7 +66,7 @@ class _Send(_Staged):
         room, device = self._take(), self._device
         device.out.wait_event(self._ready)
         with device.driver.on(device.out):
-            room.copy_(self._piece, non_blocking=True)
+            device.driver.copy(self._piece, room)
         # Overlap: the network has this piece while the next one is copied.
         self._copied = device.out.record_event()
         return True
@@ -104,7 +104,7 @@ class _Receive(_Staged):
         device = self._device
         device.back.wait_event(self._ready)
         with device.driver.on(device.back):
-            self._piece.copy_(self._view(), non_blocking=True)
+            device.driver.copy(self._view(), self._piece)
         # Overlap: the next piece is copied while this one is added.
         copied = device.back.record_event()
         device.exchange.wait_event(copied)
