@@ -3,6 +3,7 @@ they are small, segment by segment where they are large."""
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable, Sequence
 
 import torch
@@ -14,7 +15,7 @@ from ..transport.device import DeviceLink, Ways
 from .lane import Lane
 from .request import Handle
 
-__all__ = ["WHOLE_NBYTES", "Start", "carried", "crossing", "depart", "launch", "placed", "segmented"]
+__all__ = ["WHOLE_NBYTES", "How", "Over", "Start", "carried", "crossing", "depart", "launch", "placed"]
 
 #: Up to here a tensor is exchanged as a whole copy in host memory: two copies and the CPU's collective cost less than
 #: the ring's kernels and pieces.
@@ -22,6 +23,9 @@ WHOLE_NBYTES = 256 << 10
 
 #: An exchange that works on the tensor it is given, over the link that it is given.
 Start = Callable[[Link, torch.Tensor], Steps]
+
+#: Such an exchange as an exchange of a tensor that lies elsewhere.
+Over = Callable[..., Steps]
 
 
 def carried(passages: Sequence[Passage], build: Callable[[], Steps]) -> Steps:
@@ -42,21 +46,27 @@ def carried(passages: Sequence[Passage], build: Callable[[], Steps]) -> Steps:
         yield mark
 
 
-def placed(link: Link, flat: torch.Tensor, start: Start, is_whole: bool = False) -> Steps:
-    """``start`` over ``flat`` where it lies, or over a copy of it in host memory; on the exchange stream.
+class How(enum.Enum):
+    """In which form a tensor of a device is exchanged; the same on every member."""
 
-    ``is_whole``: by way of a copy whatever the size, which must be the same on every member.
-    """
-    if is_whole or flat.nbytes <= WHOLE_NBYTES:
-        ways = link.ways
-        return _by_host(ways, ways.devices.of(flat), flat, lambda host: start(link, host))
-    return segmented(link, flat, start)
+    BY_SIZE = enum.auto()
+    WHOLE = enum.auto()
+    PIECES = enum.auto()
 
 
-def segmented(link: Link, flat: torch.Tensor, start: Start) -> Steps:
-    """``start`` over ``flat`` where it lies, piece by piece; on the exchange stream."""
+def placed(link: Link, flat: torch.Tensor, start: Start, how: How = How.BY_SIZE) -> Steps:
+    """``start`` over ``flat`` where it lies, piece by piece, or over a whole copy of it in host memory; on the exchange
+    stream."""
+    ways = link.ways
+    device = ways.devices.of(flat)
+    if how is How.WHOLE or (how is How.BY_SIZE and flat.nbytes <= WHOLE_NBYTES):
+        return _by_host(ways, device, flat, lambda host: start(link, host))
+    return _by_pieces(link, device, flat, start)
+
+
+def _by_pieces(link: Link, device: Device, flat: torch.Tensor, start: Start) -> Steps:
     yield from cuda_ipc.agree(link, flat.device)
-    yield from start(DeviceLink(link, link.ways.devices.of(flat)), flat)
+    yield from start(DeviceLink(link, device), flat)
 
 
 def _by_host(ways: Ways, device: Device, flat: torch.Tensor, start: Callable[[torch.Tensor], Steps]) -> Steps:
@@ -76,15 +86,15 @@ def depart(link: Link, flat: torch.Tensor) -> Passage | None:
     return None if flat.is_cpu else link.ways.devices.depart(flat)
 
 
-def crossing(link: Link, flat: torch.Tensor, passage: Passage | None, start: Start, is_whole: bool = False) -> Steps:
+def crossing(link: Link, flat: torch.Tensor, passage: Passage | None, start: Start, how: How = How.BY_SIZE) -> Steps:
     """The exchange ``start(link, flat)``, wherever ``flat`` lies; ``passage`` is what :func:`depart` gave."""
     if passage is None:
         return start(link, flat)
-    return _crossing(link, flat, passage, start, is_whole)
+    return _crossing(link, flat, passage, start, how)
 
 
-def _crossing(link: Link, flat: torch.Tensor, passage: Passage, start: Start, is_whole: bool) -> Steps:
-    yield from carried([passage], lambda: placed(link, flat, start, is_whole))
+def _crossing(link: Link, flat: torch.Tensor, passage: Passage, start: Start, how: How) -> Steps:
+    yield from carried([passage], lambda: placed(link, flat, start, how))
     passage.finish()
 
 
@@ -93,7 +103,7 @@ def launch(
     name: str,
     flat: torch.Tensor,
     start: Callable[[Link, torch.Tensor, int], Steps],
-    is_whole: bool = False,
+    how: How = How.BY_SIZE,
 ) -> Handle:
     """Launch ``start(link, flat, tag)`` on ``lane``, wherever ``flat`` lies."""
     passage = depart(lane.link, flat)
@@ -101,7 +111,7 @@ def launch(
         return lane.launch(name, lambda link, tag: start(link, flat, tag))
 
     def cross(link: Link, tag: int) -> Steps:
-        return crossing(link, flat, passage, lambda link, flat: start(link, flat, tag), is_whole)
+        return crossing(link, flat, passage, lambda link, flat: start(link, flat, tag), how)
 
     handle = lane.launch(name, cross)
     handle.passage = passage

@@ -12,7 +12,7 @@ from ..collectives.base import Bounds, ReduceOp, chunk_bounds
 from ..dtypes import dtype_called
 from ..trace import span
 from ..transport.base import Link, Steps
-from .device import Start, carried, depart, placed, segmented
+from .device import How, Over, Start, carried, depart, placed
 from .member import Run
 from .request import Kind, Request, Signature
 
@@ -30,19 +30,24 @@ def phantom(link: Link, signature: Signature) -> Request:
 def exchange(link: Link, ranks: Sequence[int], run: Run, tag: int, segment_nbytes: int) -> Steps:
     """The exchange of a run; when it ends, its requests are done. ``ranks`` are the members' world ranks."""
     if run.requests[0].passage is None:
-        return _exchange(link, ranks, run, tag, segment_nbytes)
+        return _exchange(link, ranks, run, tag, segment_nbytes, _direct)
     passages = [request.passage for request in run.requests if request.passage is not None]
-    return carried(passages, lambda: _exchange(link, ranks, run, tag, segment_nbytes))
+    return carried(passages, lambda: _exchange(link, ranks, run, tag, segment_nbytes, placed))
 
 
-def _exchange(link: Link, ranks: Sequence[int], run: Run, tag: int, segment_nbytes: int) -> Steps:
+def _direct(link: Link, flat: torch.Tensor, start: Start, how: How = How.BY_SIZE) -> Steps:
+    return start(link, flat)
+
+
+def _exchange(link: Link, ranks: Sequence[int], run: Run, tag: int, segment_nbytes: int, over: Over) -> Steps:
+    """``over(link, flat, start)`` is the exchange ``start`` of a tensor, wherever that lies."""
     kind = run.requests[0].signature.kind
     if kind == Kind.ALLGATHER:
-        return _gather(link, run, tag, segment_nbytes)
+        return _gather(link, run, tag, segment_nbytes, over)
     if kind == Kind.ALLTOALL:
-        return _alltoall(link, run, tag)
+        return _alltoall(link, run, tag, over)
     if kind == Kind.REDUCESCATTER:
-        return _reduce_scatter(link, run, tag, segment_nbytes)
+        return _reduce_scatter(link, run, tag, segment_nbytes, over)
     if kind == Kind.BARRIER:
         return _deliver(tree.barrier(link, tag), run.requests)
     requests = run.requests
@@ -50,10 +55,11 @@ def _exchange(link: Link, ranks: Sequence[int], run: Run, tag: int, segment_nbyt
     signature = requests[0].signature
     if kind == Kind.BROADCAST:
         root = ranks.index(signature.root)
-        steps = _over(link, flat, lambda link, flat: select.broadcast(link, flat, root, tag))
+        steps = over(link, flat, lambda link, flat: select.broadcast(link, flat, root, tag))
     else:
-        is_whole = signature.op == ReduceOp.ADASUM  # it needs the values of dot products between its steps
-        steps = _over(link, flat, lambda link, flat: reduction(link, flat, signature, tag, segment_nbytes), is_whole)
+        # Adasum needs the values of dot products between its steps.
+        how = How.WHOLE if signature.op == ReduceOp.ADASUM else How.BY_SIZE
+        steps = over(link, flat, lambda link, flat: reduction(link, flat, signature, tag, segment_nbytes), how)
     return _deliver(steps, requests) if len(requests) == 1 else _unpack(link, steps, requests, flat)
 
 
@@ -62,10 +68,6 @@ def reduction(link: Link, flat: torch.Tensor, signature: Signature, tag: int, se
     if signature.op == ReduceOp.ADASUM:
         return adasum.allreduce(link, flat, tag, signature.scale)
     return select.allreduce(link, flat, ReduceOp(signature.op), tag, signature.scale, segment_nbytes)
-
-
-def _over(link: Link, flat: torch.Tensor, start: Start, is_whole: bool = False) -> Steps:
-    return start(link, flat) if flat.is_cpu else placed(link, flat, start, is_whole)
 
 
 def _deliver(steps: Steps, requests: list[Request]) -> Steps:
@@ -116,7 +118,7 @@ def _row_bounds(rows: Sequence[int], shape: Sequence[int]) -> Bounds:
     return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
-def _gather(link: Link, run: Run, tag: int, segment_nbytes: int) -> Steps:
+def _gather(link: Link, run: Run, tag: int, segment_nbytes: int, over: Over) -> Steps:
     """All-gather along dim 0; every rank knows every rank's rows from the run list."""
     (request,) = run.requests
     rows = [extent[0] for extent in run.extents]
@@ -125,11 +127,11 @@ def _gather(link: Link, run: Run, tag: int, segment_nbytes: int) -> Steps:
     lo, hi = bounds[link.rank]
     gathered[lo:hi] = request.flat
     request.flat = gathered.view(sum(rows), *request.signature.shape)
-    steps = _over(link, gathered, lambda link, flat: select.allgather(link, flat, bounds, tag, segment_nbytes))
+    steps = over(link, gathered, lambda link, flat: select.allgather(link, flat, bounds, tag, segment_nbytes))
     return _deliver(steps, [request])
 
 
-def _alltoall(link: Link, run: Run, tag: int) -> Steps:
+def _alltoall(link: Link, run: Run, tag: int, over: Over) -> Steps:
     """Each rank's extent lists the rows that it sends to each member. Delivers the rows, and how many came from
     whom."""
     (request,) = run.requests
@@ -143,13 +145,13 @@ def _alltoall(link: Link, run: Run, tag: int) -> Steps:
         return select.alltoall(link, source, outgoing, target, incoming, tag)
 
     return _delivering(
-        start(link, source) if source.is_cpu else segmented(link, source, start),
+        over(link, source, start, How.PIECES),  # the ranks' tensors differ in size
         request,
         lambda: (target.view(sum(incoming_rows), *shape), torch.tensor(incoming_rows, dtype=torch.int32)),
     )
 
 
-def _reduce_scatter(link: Link, run: Run, tag: int, segment_nbytes: int) -> Steps:
+def _reduce_scatter(link: Link, run: Run, tag: int, segment_nbytes: int, over: Over) -> Steps:
     """Along dim 0; the first ranks take one row more where it does not divide."""
     (request,) = run.requests
     signature = request.signature
@@ -161,7 +163,7 @@ def _reduce_scatter(link: Link, run: Run, tag: int, segment_nbytes: int) -> Step
     def start(link: Link, flat: torch.Tensor) -> Steps:
         return select.reduce_scatter(link, flat, bounds, op, tag, scale, segment_nbytes)
 
-    steps = _over(link, flat, start)
+    steps = over(link, flat, start)
     return _delivering(steps, request, lambda: flat[lo:hi].view(rows[1] - rows[0], *signature.shape[1:]).clone())
 
 

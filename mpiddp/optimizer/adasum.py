@@ -14,7 +14,7 @@ import torch
 
 from ..collectives import adasum
 from ..engine import Channel, Engine, Lane
-from ..engine.device import launch
+from ..engine.device import How, launch
 from .wrapped import Wrapped, become
 
 __all__ = ["wrap_adasum"]
@@ -61,7 +61,7 @@ class _Steps:
         for number, (param, before) in enumerate(zip(self.params, self._before, strict=True)):
             packed, context = self._compression.compress(param - before)
             flat = packed.contiguous().view(-1)
-            handle = launch(self._lane, f"step of parameter {number}", flat, adasum.allreduce, is_whole=True)
+            handle = launch(self._lane, f"step of parameter {number}", flat, adasum.allreduce, How.WHOLE)
             sent.append((flat.view(packed.shape), context, handle))
         for param, before, (packed, context, handle) in zip(self.params, self._before, sent, strict=True):
             self._engine.wait(handle)

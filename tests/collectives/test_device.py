@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 
 from mpiddp.collectives import ReduceOp, chunk_bounds, select
+from mpiddp.engine import Kind, Request, Signature
 from mpiddp.engine import device as engine_device
-from mpiddp.engine.device import Start, crossing, segmented
+from mpiddp.engine.device import How, Start, crossing
+from mpiddp.engine.execute import exchange
+from mpiddp.engine.member import Run
+from mpiddp.engine.mismatch import describe
 from mpiddp.errors import MpiddpError
 from mpiddp.memory import pinned, streams
 from mpiddp.transport import staged
@@ -44,7 +46,7 @@ def play(
     way: str = "staged",
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
-    is_whole: bool = False,
+    how: How = How.BY_SIZE,
 ) -> list[torch.Tensor]:
     """``start`` on each rank's device tensor; what the user's streams see afterwards."""
     with Tracker() as tracker:
@@ -55,7 +57,7 @@ def play(
         run(
             network,
             [
-                crossing(link, flat, passage, start, is_whole)
+                crossing(link, flat, passage, start, how)
                 for link, flat, passage in zip(links, flats, passages, strict=True)
             ],
         )
@@ -120,40 +122,69 @@ def test_other_collectives(way: str) -> None:
         assert torch.equal(result[slice(*bounds[rank])], total(size, numel)[slice(*bounds[rank])])
 
 
-@pytest.mark.parametrize("way", ["staged", "cuda-aware"])
-def test_alltoall(way: str) -> None:
-    """Between two tensors, each of its own length."""
-    size, rows = 3, [1, 4, 30]
+KINDS = {
+    "allreduce": Signature(int(Kind.ALLREDUCE), "float32", (60,), int(ReduceOp.SUM), scale=0.5),
+    "adasum": Signature(int(Kind.ALLREDUCE), "float32", (60,), int(ReduceOp.ADASUM)),
+    "broadcast": Signature(int(Kind.BROADCAST), "float32", (60,), root=1),
+    "allgather": Signature(int(Kind.ALLGATHER), "float32", (10,)),
+    "alltoall": Signature(int(Kind.ALLTOALL), "float32", (10,)),
+    "reducescatter": Signature(int(Kind.REDUCESCATTER), "float32", (6, 10), int(ReduceOp.SUM)),
+}
+
+
+@pytest.mark.parametrize(("name", "count"), [*((name, 1) for name in KINDS), ("allreduce", 3), ("broadcast", 3)])
+def test_what_the_engine_runs(name: str, count: int) -> None:
+    """Every kind, and what is fused: on a device as on the host."""
+    signature, size = KINDS[name], 2
+    extents = {"allgather": [(2,), (4,)], "alltoall": [(1, 5), (4, 2)]}.get(name, [(), ()])
+    rows = [sum(extent) or 6 for extent in extents]
     with Tracker() as tracker:
-        network = FakeNetwork(tracker, size)
-        links = network.fake_links(WAYS[way])
-        sources = [link.driver.tensor(values(link.rank, sum(rows))) for link in links]
-        targets = [link.driver.tensor(torch.zeros(size * rows[link.rank])) for link in links]
-        ends = [sum(rows[:r]) for r in range(size + 1)]
-        outgoing = list(itertools.pairwise(ends))
+        outcomes = []
+        for is_on_device in (False, True):
+            network = FakeNetwork(tracker, size)
+            links = network.fake_links(WAYS["staged"])
+            runs = []
+            for link in links:
+                requests = []
+                for number in range(count):
+                    flat = values(link.rank + number, rows[link.rank] * 10)
+                    flat = link.driver.tensor(flat) if is_on_device else flat
+                    requests.append(
+                        Request(f"{number}", signature, flat, lambda value: value, None, extents[link.rank])
+                    )
+                    requests[-1].passage = link.ways.devices.depart(flat) if is_on_device else None
+                runs.append(Run(requests, extents, None, None, []))
+            run(network, [exchange(link, (0, 1), runs[link.rank], 5, 64) for link in links])  # type: ignore[arg-type]
+            assert network.idle()
+            outcomes.append([_seen(link, request) for link in links for request in runs[link.rank].requests])
+    for on_host, on_device in zip(*outcomes, strict=True):
+        assert len(on_host) == len(on_device)
+        assert all(torch.equal(a, b) for a, b in zip(on_host, on_device, strict=True))
 
-        def start(link, source):  # type: ignore[no-untyped-def]
-            n = rows[link.rank]
-            incoming = [(n * r, n * r + n) for r in range(size)]
-            return select.alltoall(link, source, outgoing, targets[link.rank], incoming, 5)
 
-        passages = [link.ways.devices.depart(source) for link, source in zip(links, sources, strict=True)]
-        for passage, target in zip(passages, targets, strict=True):
-            passage.device.exchange.wait_event(passage.device.driver.current(target.device).record_event())
+def _as_it_is(value: object) -> object:
+    return value
 
-        def carry(at: int):  # type: ignore[no-untyped-def]
-            yield from engine_device.carried([passages[at]], lambda: segmented(links[at], sources[at], start))
-            passages[at].finish()
 
-        run(network, [carry(at) for at in range(size)])
-        for rank, link in enumerate(links):
-            passages[rank].land()
-            want = torch.cat([values(r, sum(rows))[slice(*outgoing[rank])] for r in range(size)])
-            assert torch.equal(link.driver.read(targets[rank]), want)
+def _seen(link: FakeLink, request: Request) -> list[torch.Tensor]:
+    """The parts of a result, as the user's stream sees them once it has waited."""
+    assert request.done and request.error is None, request.error
+    parts = list(request.result) if isinstance(request.result, tuple) else [request.result]
+    if request.passage is None:
+        return parts
+    request.passage.land()
+    return [link.driver.read(part) for part in parts]
+
+
+def test_a_tensor_on_a_device_and_one_that_is_not() -> None:
+    """A mismatch that names the ranks and where their tensors lie."""
+    there, here = Signature(0, "float32", (3,), device="cuda"), Signature(0, "float32", (3,), device="cpu")
+    said = describe("x", [(0, there), (1, here), (2, there)], (0, 1, 2))
+    assert "the device is cuda on ranks 0, 2; cpu on rank 1" in said
 
 
 def test_by_a_whole_copy() -> None:
-    for result in play(3, 50, allreduce, is_whole=True):
+    for result in play(3, 50, allreduce, how=How.WHOLE):
         assert torch.equal(result, 0.5 * total(3, 50))
 
 
