@@ -94,7 +94,7 @@ class FakeDriver:
     def on(self, stream: FakeStream) -> Any:
         return self.tracker.acting(stream)
 
-    def is_capturing(self) -> bool:
+    def is_capturing(self, device: torch.device) -> bool:
         return self.capturing
 
     def keep(self, tensor: torch.Tensor, stream: FakeStream) -> None:

@@ -21,7 +21,8 @@ __all__ = ["exchange", "phantom"]
 
 def phantom(link: Link, signature: Signature) -> Request:
     """What a rank that has joined contributes to a reduction that it knows nothing of: zeros."""
-    zeros = torch.zeros(signature.shape, dtype=dtype_called(signature.dtype), device=signature.device).view(-1)
+    device = signature.device if signature.device == "cpu" else link.ways.devices.home
+    zeros = torch.zeros(signature.shape, dtype=dtype_called(signature.dtype), device=device).view(-1)
     request = Request("joined", signature, zeros)
     request.passage = depart(link, zeros)
     return request

@@ -116,6 +116,12 @@ class Libcuda:
         self._call("cuIpcOpenMemHandle_v2", ctypes.byref(address), by_value, lazily_enable_peer_access)
         return address.value
 
+    def device_of(self, address: int) -> int:
+        """The number of the device whose memory lies at ``address``."""
+        ordinal, which = ctypes.c_int(), 9  # CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
+        self._call("cuPointerGetAttribute", ctypes.byref(ordinal), which, ctypes.c_uint64(address))
+        return ordinal.value
+
     def write(self, address: int, data: bytes) -> None:
         """Copy to the device, and wait for that."""
         self._call("cuMemcpyHtoD_v2", ctypes.c_uint64(address), data, ctypes.c_size_t(len(data)))
@@ -131,6 +137,7 @@ class _Raw:
     """Device memory as torch and cupy read it."""
 
     def __init__(self, address: int, nbytes: int) -> None:
+        self.address = address
         self.__cuda_array_interface__ = {
             "shape": (nbytes,),
             "typestr": "|u1",
@@ -212,8 +219,12 @@ class PeerMemory:
         return self._over(raw).view(like.dtype)
 
     def _over(self, raw: _Raw) -> torch.Tensor:
-        """Bytes on the device that the address belongs to; no context is made there."""
-        return torch.as_tensor(raw)
+        """The bytes in place, as a tensor of the device that the address belongs to; no context is made there."""
+        # Without the right device torch would hand out a copy.
+        tensor = torch.as_tensor(raw, device=torch.device("cuda", self.driver.device_of(raw.address)))
+        if tensor.data_ptr() != raw.address:
+            raise MpiddpError(f"torch copied GPU memory at {raw.address:#x}, which it was to use in place")
+        return tensor
 
     def token(self, device: torch.device) -> bytes:
         """See :class:`DeviceMemory`. The block is never used for anything else."""

@@ -10,8 +10,8 @@ the event that orders it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -61,8 +61,8 @@ class Driver(Protocol):
         """A context in which ``stream`` is the current one, and its device the current device."""
         ...
 
-    def is_capturing(self) -> bool:
-        """Whether the current stream records a CUDA graph."""
+    def is_capturing(self, device: torch.device) -> bool:
+        """Whether the calling thread's stream on ``device`` records a CUDA graph."""
         ...
 
     def keep(self, tensor: torch.Tensor, stream: Stream) -> None:
@@ -89,13 +89,22 @@ class Cuda:
         """See :class:`Driver`."""
         return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 
-    def on(self, stream: Stream) -> AbstractContextManager[Any]:
-        """See :class:`Driver`."""
-        return torch.cuda.stream(stream)  # type: ignore[arg-type]
+    @contextmanager
+    def on(self, stream: Stream) -> Iterator[None]:
+        """See :class:`Driver`.
 
-    def is_capturing(self) -> bool:
+        The thread may never have used its current device (the liveness thread's is device 0 on every rank). Leaving
+        torch.cuda.stream() would set that device again, which makes a context there; leaving torch.cuda.device() does
+        not, and between the two the device does not change.
+        """
+        device: torch.device = stream.device  # type: ignore[attr-defined]
+        with torch.cuda.device(device), torch.cuda.stream(stream):  # type: ignore[arg-type]
+            yield
+
+    def is_capturing(self, device: torch.device) -> bool:
         """See :class:`Driver`."""
-        return torch.cuda.is_current_stream_capturing()
+        with torch.cuda.device(device):
+            return torch.cuda.is_current_stream_capturing()
 
     def keep(self, tensor: torch.Tensor, stream: Stream) -> None:
         """See :class:`Driver`."""
@@ -143,7 +152,22 @@ class Devices:
 
     def depart(self, tensor: torch.Tensor) -> Passage:
         """``tensor`` is handed over to an exchange, by the thread whose stream made it."""
+        self.refuse_capture(tensor)
         return Passage(self.of(tensor), tensor)
+
+    def refuse_capture(self, tensor: torch.Tensor) -> None:
+        """MpiddpError while the calling thread captures a CUDA graph."""
+        if self.driver.is_capturing(tensor.device):
+            raise MpiddpError(
+                f"a tensor on {tensor.device} was handed to a collective while a CUDA graph is captured: an exchange "
+                "needs the host between its steps, so it cannot be part of a graph. Capture forward and backward "
+                "without the exchange, or do not capture"
+            )
+
+    @property
+    def home(self) -> torch.device:
+        """A device that this process uses: the first that a tensor came from, or the current one."""
+        return next(iter(self._by_device), torch.device("cuda"))
 
     def __repr__(self) -> str:
         return f"Devices({', '.join(str(device) for device in self._by_device) or 'none used'})"
@@ -156,12 +180,6 @@ class Passage:
     __slots__ = ("_done", "_made", "_result", "device", "tensor")
 
     def __init__(self, device: Device, tensor: torch.Tensor) -> None:
-        if device.driver.is_capturing():
-            raise MpiddpError(
-                f"a tensor on {device.device} was handed to a collective while a CUDA graph is captured: an exchange "
-                "needs the host between its steps, so it cannot be part of a graph. Capture forward and backward "
-                "without the exchange (optimizer.no_sync()), or do not capture"
-            )
         self.device, self.tensor = device, tensor
         # Overlap: the exchange waits for what made this tensor, and not for what the caller enqueues behind it.
         self._made = device.driver.current(tensor.device).record_event()
@@ -210,8 +228,12 @@ def on_exchange_streams(passages: Iterable[Passage]) -> AbstractContextManager[A
 class Makers:
     """Which streams wrote into which bucket: autograd accumulates each gradient on the stream of its own forward."""
 
-    def __init__(self, devices: Devices) -> None:
+    def __init__(self, devices: Devices, buckets: Iterable[torch.Tensor]) -> None:
+        """``buckets`` are new, and filled with zeros by the calling thread's streams."""
         self._driver = devices.driver
+        for device in {bucket.device for bucket in buckets}:
+            # No overlap to gain: buckets are made once or twice. Other streams may write them from here on.
+            self._driver.current(device).record_event().synchronize()
         self._streams: dict[int, list[Stream]] = {}
 
     def note(self, bucket: int, tensor: torch.Tensor) -> None:

@@ -99,6 +99,8 @@ def submit(
     number used up, where it raises.
     """
     device = tensor.device.type
+    if device != "cpu":
+        channel.link.ways.devices.refuse_capture(tensor)
     described = (
         kind, tensor.dtype, tensor.shape if shape is None else shape, op, root, prescale, scale, device, group, purpose
     )  # fmt: skip

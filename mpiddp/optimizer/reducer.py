@@ -110,8 +110,8 @@ class Reducer:
         else:
             self.layout.renew(order, options.first_nbytes, options.bucket_nbytes, options.groups)
         self._missing = [len(bucket.indices) for bucket in self.layout.buckets]
-        is_on_devices = not all(bucket.flat.is_cpu for bucket in self.layout.buckets)
-        self._makers = Makers(self.lane.link.ways.devices) if is_on_devices else None
+        flats = [bucket.flat for bucket in self.layout.buckets if not bucket.flat.is_cpu]
+        self._makers = Makers(self.lane.link.ways.devices, flats) if flats else None
 
     # -- during backward -----------------------------------------------------------------------------------------------
 

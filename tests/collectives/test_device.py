@@ -250,10 +250,9 @@ def test_a_bucket_waits_for_all_streams_that_filled_it() -> None:
     """Autograd accumulates each gradient on the stream of its forward."""
     with Tracker() as tracker:
         driver = FakeNetwork(tracker, 1).drivers[0]
-        makers = streams.Makers(streams.Devices(driver))
         bucket = driver.tensor(torch.zeros(8))
+        makers = streams.Makers(streams.Devices(driver), [bucket])
         side = driver.make_stream(bucket.device)
-        side.wait_event(driver.user.record_event())
         with driver.on(side):
             bucket[:4].copy_(torch.ones(4))
             makers.note(0, bucket)

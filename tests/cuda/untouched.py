@@ -55,7 +55,7 @@ class StandInDriver:
     def on(self, stream: Done) -> Any:
         return nullcontext()
 
-    def is_capturing(self) -> bool:
+    def is_capturing(self, device: torch.device) -> bool:
         return False
 
     def keep(self, tensor: torch.Tensor, stream: Done) -> None:
@@ -95,7 +95,7 @@ class StandInMemory(PeerMemory):
 
     def _over(self, raw: Any) -> torch.Tensor:
         described = raw.__cuda_array_interface__
-        tensor = over(described["data"][0], described["shape"][0])
+        tensor = over(raw.address, described["shape"][0])
         tensor._raw = raw  # type: ignore[attr-defined]
         return tensor
 
