@@ -9,6 +9,7 @@ cannot be opened in the process that made it.
 from __future__ import annotations
 
 import ctypes
+import functools
 import secrets
 import struct
 import threading
@@ -21,7 +22,7 @@ import torch
 
 from ..errors import MpiddpError
 
-__all__ = ["RECORD_NBYTES", "TOKEN_NBYTES", "DeviceMemory", "Libcuda", "PeerMemory"]
+__all__ = ["RECORD_NBYTES", "TOKEN_NBYTES", "DeviceMemory", "Libcuda", "PeerMemory", "of_this_process"]
 
 _HANDLE_NBYTES = 64
 
@@ -249,3 +250,10 @@ class PeerMemory:
     def __repr__(self) -> str:
         nbytes = sum(block.nbytes for block in self._blocks)
         return f"PeerMemory({nbytes / (1 << 20):.0f} MiB exported, {len(self._opened)} blocks of peers mapped)"
+
+
+@functools.cache
+def of_this_process() -> PeerMemory:
+    """One for all process sets, which outlives shutdown(), as the peers' mappings of it may. OSError where there is no
+    driver."""
+    return PeerMemory(Libcuda())

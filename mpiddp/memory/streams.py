@@ -108,7 +108,12 @@ class Cuda:
 
     def keep(self, tensor: torch.Tensor, stream: Stream) -> None:
         """See :class:`Driver`."""
-        tensor.record_stream(stream)  # type: ignore[arg-type]
+        try:
+            tensor.record_stream(stream)  # type: ignore[arg-type]
+        except RuntimeError:
+            # This allocator refuses memory that is not its own; such memory is kept by its owner.
+            if torch.cuda.get_allocator_backend() != "cudaMallocAsync":
+                raise
 
     def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """See :class:`Driver`."""
@@ -251,7 +256,3 @@ class Makers:
                 # Overlap: gradients of several streams are packed side by side, and only the bucket's departure waits.
                 own.wait_event(stream.record_event())
                 self._driver.keep(tensor, stream)
-
-    def forget(self) -> None:
-        """A new cycle."""
-        self._streams.clear()

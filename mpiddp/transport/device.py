@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ..log import logger
-from ..memory.ipc import DeviceMemory, Libcuda, PeerMemory
+from ..memory.ipc import DeviceMemory, of_this_process
 from ..memory.pinned import Pinned
 from ..memory.streams import Device, Devices, Driver
 from . import cuda_aware, staged
@@ -41,7 +41,7 @@ class Ways:
     def memory(self) -> DeviceMemory:
         """Memory that peers can map. OSError where there is no driver."""
         if self._memory is None:
-            self._memory = PeerMemory(Libcuda())
+            self._memory = of_this_process()
         return self._memory
 
     @memory.setter

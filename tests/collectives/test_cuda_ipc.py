@@ -49,6 +49,8 @@ class FakeMemory:
         return self.node[number].view(torch.uint8)[offset : offset + like.nbytes].view(like.dtype)
 
     def token(self, device: torch.device) -> bytes:
+        if self.refusing.startswith("no driver"):
+            raise OSError(self.refusing)
         return b"token".ljust(TOKEN_NBYTES, b".")
 
     def problem(self, token: bytes, device: torch.device) -> str:
@@ -135,14 +137,15 @@ def test_other_collectives(exported: bool) -> None:
         assert torch.equal(result[slice(*bounds[rank])], total(size, numel, torch.float32, 0.5)[slice(*bounds[rank])])
 
 
-def test_a_handle_that_does_not_open(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("refusing", ["invalid device ordinal", "no driver at all"])
+def test_a_handle_that_does_not_open(refusing: str, caplog: pytest.LogCaptureFixture) -> None:
     """All ranks take the next transport, and the cause is named once."""
     with caplog.at_level(logging.WARNING, "mpiddp"):
-        results, memories = play(3, 101, allreduce(1.0), refusing="invalid device ordinal")
+        results, memories = play(3, 101, allreduce(1.0), refusing=refusing)
     assert all(torch.equal(result, total(3, 101, torch.float32, 1.0)) for result in results)
     assert not any(memory.opened for memory in memories)
     (record,) = caplog.records
-    assert "local rank 1" in record.getMessage() and "invalid device ordinal" in record.getMessage()
+    assert "local rank 1" in record.getMessage() and refusing in record.getMessage()
     assert "--gpu-bind=none" in record.getMessage()
 
 
