@@ -20,7 +20,6 @@ import torch
 from ..engine import Channel, Engine
 from ..errors import CollectiveError, MpiddpError
 from ..memory.heap import keep_freed
-from ..memory.streams import Makers
 from ..trace import span
 from .agreement import agree_on_order, agree_on_trained
 from .autograd import BackwardEnd
@@ -63,7 +62,6 @@ class Reducer:
         # One cycle: from an exchange to the next.
         self._arrived: dict[int, None] = {}  # in the order of arrival
         self._missing: list[int] = []  # of each bucket, how many gradients have not come
-        self._makers: Makers | None = None  # where gradients lie on devices: whose streams wrote them
         self._under_way: list[Sending] = []  # the buckets that were launched, in order
         self._passes_done = 0
         self._is_joined = False
@@ -110,8 +108,7 @@ class Reducer:
         else:
             self.layout.renew(order, options.first_nbytes, options.bucket_nbytes, options.groups)
         self._missing = [len(bucket.indices) for bucket in self.layout.buckets]
-        flats = [bucket.flat for bucket in self.layout.buckets if not bucket.flat.is_cpu]
-        self._makers = Makers(self.lane.link.ways.devices, flats) if flats else None
+        self.gradients.watch_streams(self.lane.link.ways.devices)
 
     # -- during backward -----------------------------------------------------------------------------------------------
 
@@ -126,9 +123,7 @@ class Reducer:
         self._check_second_backward(index)
         if bucket is None:
             return
-        self.gradients.adopt(index)
-        if self._makers is not None:
-            self._makers.note(bucket, self.layout.view(index))
+        self.gradients.take(index)
         if self._passes_done + 1 < self.passes:
             return
         if index not in self._arrived:
@@ -157,8 +152,6 @@ class Reducer:
     def _launch(self, number: int, passes: int) -> None:
         self._open_cycle()
         bucket = self.layout.buckets[number]
-        if self._makers is not None:
-            self._makers.gather(number, bucket.flat)
         self.gradients.fill(bucket, with_nothing=self._is_joined)
         if number == len(self.layout.buckets) - 1 and (self.gradients.late or self.gradients.unplaced):
             bucket.control.copy_(torch.tensor([bool(self.gradients.late), self.gradients.unplaced]))
