@@ -15,6 +15,7 @@ from .memory import NodeMemory
 from .process_set import ProcessSet, global_process_set
 from .transport.among import Among
 from .transport.base import Levels
+from .transport.device import CUDA_AWARE
 from .transport.host import HostLink
 from .transport.mailbox import control_port
 from .transport.node import Node
@@ -32,6 +33,8 @@ def open_channel(comm: Any, ranks: Sequence[int], world: World, settings: Config
     port = control_port(comm, node_comm)
     node_comm.Free()
     link = HostLink(comm, "ordered" if settings.deterministic else settings.algorithm)
+    if settings.cuda_aware:
+        link.ways.way_to = lambda _: CUDA_AWARE
     _lay_out(link, [world.nodes[rank] for rank in ranks], node)
     return Channel(
         link,
@@ -50,9 +53,12 @@ def _lay_out(link: HostLink, nodes: Sequence[int], node: Node | None) -> None:
     local = by_node[nodes[link.rank]]
     if len(by_node) == 1:
         link.node = node
+        link.ways.can_map = link.size > 1 and link.algorithm in ("", "shared_memory", "ordered")
     elif len(local) > 1 and all(len(members) == len(local) for members in by_node.values()):
         place = local.index(link.rank)
-        link.levels = Levels(Among(link, local, node), Among(link, [members[place] for members in by_node.values()]))
+        within = Among(link, local, node)
+        within.ways.can_map = link.algorithm in ("", "hierarchical")
+        link.levels = Levels(within, Among(link, [members[place] for members in by_node.values()]))
 
 
 class ProcessSets:

@@ -28,6 +28,9 @@ ranks and the job ends with code 0.
 
 **Slow tests**, which start many jobs of their own, carry ``@pytest.mark.slow`` and run with ``--slow`` alone.
 
+**Tests on GPUs** carry ``@pytest.mark.gpu``; they are skipped, without starting a job, where there is no GPU. All ranks
+may share one.
+
 **Options**: ``--ranks 2,3`` restricts the sizes, ``--mpi DIR`` names the MPI (a prefix, or the directory of mpirun);
 otherwise it is the one beside this Python, else the first on PATH. ``-k``, ``-x`` and node ids work as ever.
 """
@@ -42,7 +45,7 @@ import pytest
 from tests.harness import rank
 from tests.harness.fixtures import LAUNCHER, mpirun, ranks_size, shared_path, world
 from tests.harness.launcher import find, rank_of
-from tests.harness.plugin import ImportGuard, ParentPlugin
+from tests.harness.plugin import ImportGuard, ParentPlugin, missing_gpu
 
 __all__ = ["mpirun", "ranks_size", "shared_path", "world"]
 
@@ -56,7 +59,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "ranks(*sizes, timeout_s=60): run on this many ranks of an MPI job")
-    config.addinivalue_line("markers", "gpu: needs a GPU; skipped with the reason where there is none")
+    config.addinivalue_line("markers", "gpu: needs a GPU, which the ranks may share; skipped where there is none")
     config.addinivalue_line("markers", "slow: starts many jobs of its own; run with --slow, and in CI")
     load_hypothesis_profile()
     if rank.plugin is not None:
@@ -89,6 +92,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if slow:
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if not item.get_closest_marker("slow")]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and (why := missing_gpu()):
+        pytest.skip(why)
 
 
 @pytest.hookimpl(tryfirst=True)

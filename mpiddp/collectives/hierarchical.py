@@ -16,7 +16,7 @@ import torch
 
 from ..transport.base import Levels, Steps
 from ..transport.node import Session
-from . import ring, shared_rounds
+from . import cuda_ipc, ring, shared_rounds
 from .base import ReduceOp, cut
 from .shared_memory import aligned_cut
 
@@ -90,6 +90,10 @@ class _Parts:
 
     def _reduce_scatter(self, session: Session | None, number: int) -> Steps:
         part, bounds = self.parts[number], self.bounds[number]
+        gpus = self.local.gpus
+        if gpus is not None:
+            yield from cuda_ipc.reduce_scatter(self.local, gpus, part, bounds, self.op, self.tag)
+            return
         if session is None:
             yield from ring.reduce_scatter(self.local, part, bounds, self.op, self.tag, 1.0, self.segment_nbytes)
             return
@@ -101,6 +105,10 @@ class _Parts:
         while self.crossed <= number:
             yield None
         part, bounds = self.parts[number], self.bounds[number]
+        gpus = self.local.gpus
+        if gpus is not None:
+            yield from cuda_ipc.allgather(self.local, gpus, part, bounds, self.tag)
+            return
         if session is None:
             yield from ring.allgather(self.local, part, bounds, self.tag, self.segment_nbytes)
             return

@@ -89,7 +89,7 @@ class _Direct:
         self.link, self.flat, self.tag, self.is_gathering = link, flat, tag, is_gathering
         self.peers = [(link.rank + distance) % link.size for distance in range(1, link.size)]
         self.scratch = flat.new_empty(_WINDOW * link.size * self.room)
-        self.reduction = Reduction(op, flat.dtype, scale, link.size, self.room)
+        self.reduction = Reduction(op, flat.dtype, scale, link.size, self.room, flat.device)
         self.order = self._order()
         self.piece_at = {k: at for at, (is_result, k) in enumerate(self.order) if not is_result}
         self.reduced = 0

@@ -51,11 +51,13 @@ class Reduction:
 
     __slots__ = ("_is_wide", "_numel", "_scale", "_scratch", "_second", "op")
 
-    def __init__(self, op: ReduceOp, dtype: torch.dtype, scale: float, size: int, numel: int) -> None:
+    def __init__(
+        self, op: ReduceOp, dtype: torch.dtype, scale: float, size: int, numel: int, device: torch.device | None = None
+    ) -> None:
         self.op, self._scale, self._numel = op, scale, numel
         # Two that are not scaled are added by one operation, which torch does in float32 anyway.
         self._is_wide = dtype in SIXTEEN_BIT and not (size == 2 and scale == 1.0)
-        self._scratch = torch.empty(numel, dtype=torch.float32 if self._is_wide else dtype)
+        self._scratch = torch.empty(numel, dtype=torch.float32 if self._is_wide else dtype, device=device)
         self._second = torch.empty_like(self._scratch) if self._is_wide else self._scratch
 
     def __call__(self, parts: Sequence[torch.Tensor], out: torch.Tensor) -> None:

@@ -16,6 +16,7 @@ import torch
 
 from ..dtypes import scale_
 from ..transport.base import Link, Pending, Steps
+from . import device_reduction
 from .base import Bounds, ReduceOp, chunk_bounds, cut
 
 __all__ = ["SEGMENT_NBYTES", "allgather", "allreduce", "reduce_scatter"]
@@ -148,6 +149,11 @@ class _Ring:
         lo, hi = self._piece(number, -2)
         slot = number % _WINDOW * self.slot_numel
         piece = self.flat[lo:hi]
+        if not piece.is_cpu:
+            device_reduction.combine(
+                self.op, piece, self.scratch[slot : slot + hi - lo], piece, self.scale if last else 1.0
+            )
+            return
         self.op.combine(piece, self.scratch[slot : slot + hi - lo], out=piece)
         if last:
             scale_(piece, self.scale)

@@ -6,7 +6,7 @@ import torch
 
 from ..transport.base import Link, Steps
 from ..transport.node import Node
-from . import doubling, hierarchical, one_shot, ordered, pairwise, ring, shared_memory, shared_rounds, tree
+from . import cuda_ipc, doubling, hierarchical, one_shot, ordered, pairwise, ring, shared_memory, shared_rounds, tree
 from .base import Bounds, ReduceOp
 
 __all__ = ["DOUBLING_NBYTES", "allgather", "allreduce", "allreduce_by", "alltoall", "broadcast", "reduce_scatter"]
@@ -51,6 +51,8 @@ def allreduce(
         if one_shot.is_possible(link.node, flat, scale):
             return one_shot.allreduce(link.node, flat, op, tag, scale)
         return shared_memory.allreduce(link.node, flat, op, tag, scale, is_ordered)
+    if link.gpus is not None:
+        return cuda_ipc.allreduce(link, link.gpus, flat, op, tag, scale)
     if algorithm == ORDERED:
         return ordered.allreduce(link, flat, op, tag, scale, segment_nbytes)
     if algorithm == HIERARCHICAL and link.levels is not None:
@@ -79,6 +81,8 @@ def reduce_scatter(
     node = _shared(link)
     if node is not None:
         return shared_rounds.reduce_scatter(node, flat, bounds, op, tag, scale)
+    if link.gpus is not None:
+        return cuda_ipc.reduce_scatter(link, link.gpus, flat, bounds, op, tag, scale)
     if is_ordered or link.algorithm == ORDERED:
         return ordered.reduce_scatter(link, flat, bounds, op, tag, scale, segment_nbytes)
     return ring.reduce_scatter(link, flat, bounds, op, tag, scale, segment_nbytes)
@@ -91,6 +95,8 @@ def allgather(
     node = _shared(link)
     if node is not None:
         return shared_rounds.allgather(node, flat, bounds, tag)
+    if link.gpus is not None:
+        return cuda_ipc.allgather(link, link.gpus, flat, bounds, tag)
     return ring.allgather(link, flat, bounds, tag, segment_nbytes)
 
 
@@ -99,6 +105,8 @@ def broadcast(link: Link, flat: torch.Tensor, root: int, tag: int) -> Steps:
     node = _shared(link)
     if node is not None:
         return shared_rounds.broadcast(node, flat, root, tag)
+    if link.gpus is not None:
+        return cuda_ipc.broadcast(link, link.gpus, flat, root, tag)
     return tree.broadcast(link, flat, root, tag)
 
 

@@ -207,7 +207,7 @@ class Channel:
                 trace.instant("done", name=requests[0].name, of=requests)
             return
         if run.phantoms:
-            requests = run.requests = [phantom(signature) for signature in run.phantoms]
+            requests = run.requests = [phantom(self.link, signature) for signature in run.phantoms]
         tag = self._tag
         self._tag = (tag + 1) % FIRST_TAG
         if trace.active():

@@ -185,6 +185,8 @@ class Engine:
             self._wait(lambda: handle.done, math.inf)
         if handle.error is not None:
             raise handle.error
+        if handle.passage is not None:
+            handle.passage.land()
         return handle.result
 
     @uncompiled

@@ -11,6 +11,7 @@ import torch
 
 from ..collectives.base import ReduceOp
 from ..dtypes import dtype_called
+from ..memory.streams import Passage
 
 __all__ = ["Handle", "Key", "Kind", "Request", "Signature", "automatic_name", "shown_number"]
 
@@ -76,16 +77,18 @@ _NOWHERE: tuple[tuple[int, ...], int] = (), -1
 class Handle:
     """A result to come. ``error`` is raised by who waits for it, never by who pushed.
 
-    ``where`` are the members of the process set, and the number of the lane, or -1.
+    ``where`` are the members of the process set, and the number of the lane, or -1. ``passage``: of a tensor that lies
+    on a device, which makes the result visible to the stream of whoever waits.
     """
 
-    __slots__ = ("_name", "done", "error", "result", "where")
+    __slots__ = ("_name", "done", "error", "passage", "result", "where")
 
     def __init__(self, name: str, where: tuple[tuple[int, ...], int] = _NOWHERE) -> None:
         self._name = name
         self.where = where
         self.done = False
         self.error: BaseException | None = None
+        self.passage: Passage | None = None
         self.result: Any = None
 
     @property
@@ -139,6 +142,7 @@ class Request(Handle):
         self.where = _NOWHERE
         self.done = False
         self.error = None
+        self.passage = None
         self.result = None
 
     @property
@@ -154,6 +158,8 @@ class Request(Handle):
             self.fail(error)
         else:
             self.result = result
+            if self.passage is not None:
+                self.passage.finish(result)
             self.done = True
 
 

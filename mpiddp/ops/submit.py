@@ -99,6 +99,8 @@ def submit(
     number used up, where it raises.
     """
     device = tensor.device.type
+    if device != "cpu":
+        channel.link.ways.devices.refuse_capture(tensor)
     described = (
         kind, tensor.dtype, tensor.shape if shape is None else shape, op, root, prescale, scale, device, group, purpose
     )  # fmt: skip
@@ -123,6 +125,8 @@ def submit(
         and eagerly.worthwhile(flat.nbytes, channel.link.size, channel.link.node is not None)
     )
     request = Request(key, signature, flat, deliver, answer, extent, eager)
+    if device != "cpu":
+        request.passage = channel.link.ways.devices.depart(flat)
     if isinstance(key, str):
         channel.names[key] = request
     return runtime.current().engine.submit(channel, request)
@@ -169,7 +173,7 @@ def poll(handle: Any) -> bool:
 def synchronize(handle: Any) -> Any:
     """Wait for an operation; return its result (a list for a group) or raise its error."""
     if isinstance(handle, Handle):
-        if handle.done and handle.error is None:
+        if handle.done and handle.error is None and handle.passage is None:
             return handle.result
         return runtime.current().engine.wait(handle)
     return handle.collect(synchronize)

@@ -14,8 +14,7 @@ import torch
 
 from ..collectives import adasum
 from ..engine import Channel, Engine, Lane
-from ..engine.execute import through_host
-from ..transport.base import Link, Steps
+from ..engine.device import How, launch
 from .wrapped import Wrapped, become
 
 __all__ = ["wrap_adasum"]
@@ -62,9 +61,8 @@ class _Steps:
         for number, (param, before) in enumerate(zip(self.params, self._before, strict=True)):
             packed, context = self._compression.compress(param - before)
             flat = packed.contiguous().view(-1)
-            sent.append(
-                (flat.view(packed.shape), context, self._lane.launch(f"step of parameter {number}", _start(flat)))
-            )
+            handle = launch(self._lane, f"step of parameter {number}", flat, adasum.allreduce, How.WHOLE)
+            sent.append((flat.view(packed.shape), context, handle))
         for param, before, (packed, context, handle) in zip(self.params, self._before, sent, strict=True):
             self._engine.wait(handle)
             param.copy_(before.add_(self._compression.decompress(packed, context)))
@@ -79,13 +77,6 @@ class _Steps:
         with torch.no_grad():
             for param, own in zip(self.params, parameters, strict=True):
                 param.copy_(own)
-
-
-def _start(flat: torch.Tensor) -> Any:
-    def start(link: Link, tag: int) -> Steps:
-        return through_host(flat, lambda host: adasum.allreduce(link, host, tag))
-
-    return start
 
 
 def wrap_adasum(

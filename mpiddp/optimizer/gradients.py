@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
+from ..memory.streams import Devices, Makers
 from .layout import Bucket, Layout
 
 __all__ = ["Gradients"]
@@ -30,6 +31,7 @@ class Gradients:
         self.unplaced = False  # some parameter has a gradient and no place, or a place and a sparse gradient
         self.averaged: set[int] = set()  # whose gradient holds an exchanged value
         self._sparse_as_dense = sparse_as_dense
+        self._makers: Makers | None = None
 
     def add(self, param: torch.Tensor, name: str) -> int:
         """A further parameter; its index."""
@@ -69,6 +71,18 @@ class Gradients:
         view.copy_(grad)
         param.grad = view
 
+    def take(self, index: int) -> None:
+        """:meth:`adopt`, by the hook of the gradient, on the stream on which it was made."""
+        self.adopt(index)
+        if self._makers is not None:
+            number, at = self.layout.place[index]
+            self._makers.note(number, self.layout.buckets[number].views[at])
+
+    def watch_streams(self, devices: Devices) -> None:
+        """There are new buckets; where some lie on devices, remember whose streams write them."""
+        flats = [bucket.flat for bucket in self.layout.buckets if not bucket.flat.is_cpu]
+        self._makers = Makers(devices, flats) if flats else None
+
     def keep_late(self, index: int) -> None:
         """A second gradient in one backward (shared by reentrant checkpoints) while the first one is under way."""
         grad = self.params[index].grad
@@ -78,6 +92,8 @@ class Gradients:
 
     def fill(self, bucket: Bucket, with_nothing: bool) -> None:
         """Make ``bucket`` ready to leave: gradients, zeros where there is none, and flags that say which."""
+        if self._makers is not None:
+            self._makers.gather(self.layout.place[bucket.indices[0]][0], bucket.flat)
         present = []
         for view, index in zip(bucket.views, bucket.indices, strict=True):
             param = self.params[index]

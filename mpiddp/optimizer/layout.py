@@ -14,8 +14,8 @@ __all__ = ["Bucket", "Layout", "plan", "shared_zeros"]
 #: Every gradient begins at a multiple of this, so that vector instructions and foreach kernels find it aligned.
 _ALIGN_NBYTES = 64
 
-#: Makes a tensor of zeros, of a shape and a dtype.
-Zeros = Callable[[Sequence[int], torch.dtype], torch.Tensor]
+#: Makes a flat tensor of zeros, of so many elements, a dtype and a device.
+Zeros = Callable[[int, torch.dtype, torch.device], torch.Tensor]
 
 
 def plan(
@@ -80,7 +80,7 @@ class Bucket:
         shards: int = 1,
     ) -> Bucket:
         """A bucket for ``params[i]``, i in ``indices``, all of one dtype and device; its data can be cut into
-        ``shards`` equal parts that are aligned too. ``zeros`` makes those of CPUs."""
+        ``shards`` equal parts that are aligned too. ``zeros`` makes the memory."""
         like = params[indices[0]]
         align = max(1, _ALIGN_NBYTES // like.element_size())
         starts, end = [], 0
@@ -90,8 +90,8 @@ class Bucket:
         end = -(-end // (shards * align)) * shards * align
         with torch.no_grad():
             numel = end + len(indices) + 2
-            if zeros is not None and like.device.type == "cpu":
-                flat = zeros((numel,), like.dtype)
+            if zeros is not None:
+                flat = zeros(numel, like.dtype, like.device)
             else:
                 flat = torch.zeros(numel, dtype=like.dtype, device=like.device)
             views = tuple(_view(flat, at, params[index]) for at, index in zip(starts, indices, strict=True))
@@ -104,10 +104,19 @@ class Bucket:
         return f"Bucket({len(self.indices)} parameters, {size:.2f} MiB of {self.flat.dtype} on {self.flat.device})"
 
 
-def shared_zeros(link: Link) -> Zeros | None:
-    """What makes tensors in memory that the members on this node can map; None where they share none."""
-    node = link.levels.local.node if link.levels is not None else link.node
-    return None if node is None else node.memory.segments.empty
+def shared_zeros(link: Link) -> Zeros:
+    """What makes tensors in memory that the members on this node can map, where they share any."""
+    within = link.levels.local if link.levels is not None else link
+    node = within.node
+
+    def zeros(numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        if device.type == "cuda":
+            return within.ways.empty(numel, dtype, device).zero_()
+        if node is not None and device.type == "cpu":
+            return node.memory.segments.empty((numel,), dtype)
+        return torch.zeros(numel, dtype=dtype, device=device)
+
+    return zeros
 
 
 class Layout:
@@ -115,7 +124,7 @@ class Layout:
 
     def __init__(self, params: Sequence[torch.Tensor]) -> None:
         self._params = params
-        self.zeros: Zeros | None = None  # makes the buckets of CPUs, in memory that other ranks can map
+        self.zeros: Zeros | None = None  # makes the buckets, in memory that other ranks can map
         self.buckets: list[Bucket] = []
         self.place: dict[int, tuple[int, int]] = {}  # parameter -> its bucket, and where in it
 

@@ -108,6 +108,7 @@ class Reducer:
         else:
             self.layout.renew(order, options.first_nbytes, options.bucket_nbytes, options.groups)
         self._missing = [len(bucket.indices) for bucket in self.layout.buckets]
+        self.gradients.watch_streams(self.lane.link.ways.devices)
 
     # -- during backward -----------------------------------------------------------------------------------------------
 
@@ -122,7 +123,7 @@ class Reducer:
         self._check_second_backward(index)
         if bucket is None:
             return
-        self.gradients.adopt(index)
+        self.gradients.take(index)
         if self._passes_done + 1 < self.passes:
             return
         if index not in self._arrived:

@@ -9,7 +9,7 @@ import torch
 from ..collectives import ReduceOp, select
 from ..compression import BF16Compressor, Compression, FP16Compressor
 from ..engine import Engine, Handle, Lane
-from ..engine.execute import through_host
+from ..engine.device import launch
 from ..transport.base import Link, Steps
 from .layout import Bucket
 from .options import Options
@@ -79,10 +79,9 @@ class Wire:
         return Sending(handles, arrived)
 
     def _reduce(self, name: str, flat: torch.Tensor) -> Handle:
-        how = ReduceOp.SUM, self._scale, self._segment_nbytes, self._is_ordered
+        scale, segment, is_ordered = self._scale, self._segment_nbytes, self._is_ordered
 
-        def start(link: Link, tag: int) -> Steps:
-            op, scale, segment, is_ordered = how
-            return through_host(flat, lambda host: select.allreduce(link, host, op, tag, scale, segment, is_ordered))
+        def start(link: Link, flat: torch.Tensor, tag: int) -> Steps:
+            return select.allreduce(link, flat, ReduceOp.SUM, tag, scale, segment, is_ordered)
 
-        return self._lane.launch(name, start)
+        return launch(self._lane, name, flat, start)

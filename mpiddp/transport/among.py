@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from .base import Link, Pending, Region
+from .device import Ways
 from .node import Node
 
 __all__ = ["Among"]
@@ -15,12 +16,21 @@ __all__ = ["Among"]
 class Among:
     """``ranks`` are the members' ranks in ``whole``, this member's among them. It shares the tags of ``whole``."""
 
-    __slots__ = ("_ranks", "_whole", "algorithm", "levels", "node", "rank", "size")
+    __slots__ = ("_ranks", "_ways", "_whole", "algorithm", "gpus", "levels", "node", "rank", "size")
 
     def __init__(self, whole: Link, ranks: Sequence[int], node: Node | None = None) -> None:
         self._whole, self._ranks = whole, list(ranks)
         self.rank, self.size = self._ranks.index(whole.rank), len(self._ranks)
+        self._ways: Ways | None = None
+        self.gpus = None
         self.node, self.algorithm, self.levels = node, whole.algorithm, None
+
+    @property
+    def ways(self) -> Ways:
+        """See :class:`~mpiddp.transport.base.Link`."""
+        if self._ways is None:
+            self._ways = self._whole.ways.among(self._ranks)
+        return self._ways
 
     def open(self, flat: torch.Tensor) -> _Region:
         """See :class:`~mpiddp.transport.base.Link`."""

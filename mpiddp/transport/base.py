@@ -7,12 +7,16 @@ and into which they are received. Whether MPI, shared memory or a simulated netw
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
 from .node import Node
 from .steps import Steps, drain
+
+if TYPE_CHECKING:
+    from ..memory.ipc import DeviceMemory
+    from .device import Ways
 
 __all__ = ["Levels", "Link", "Pending", "Region", "Steps", "drain", "nothing_to_move"]
 
@@ -57,6 +61,11 @@ class Link(Protocol):
         ...
 
     @property
+    def gpus(self) -> DeviceMemory | None:
+        """Memory of GPUs that all members map; None where they do not, or for tensors in host memory."""
+        ...
+
+    @property
     def levels(self) -> Levels | None:
         """How the members lie on nodes, if on several, of as many members each and of more than one."""
         ...
@@ -64,6 +73,11 @@ class Link(Protocol):
     @property
     def algorithm(self) -> str:
         """The algorithm that is wanted wherever it is possible; empty: the one that suits."""
+        ...
+
+    @property
+    def ways(self) -> Ways:
+        """How tensors of devices travel."""
         ...
 
     def open(self, flat: torch.Tensor) -> Region:

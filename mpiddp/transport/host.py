@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .base import Levels, Pending, nothing_to_move
+from .device import Ways
 from .node import Node
 
 if TYPE_CHECKING:
@@ -54,13 +55,15 @@ class HostRegion:
 class HostLink:
     """The members of ``comm``, reached through host memory: through ``node`` where they share any, else by MPI."""
 
-    __slots__ = ("algorithm", "comm", "levels", "node", "rank", "size")
+    __slots__ = ("algorithm", "comm", "gpus", "levels", "node", "rank", "size", "ways")
 
     def __init__(self, comm: MPI.Intracomm, algorithm: str = "") -> None:
         self.comm = comm
         self.node: Node | None = None
         self.algorithm = algorithm
         self.levels: Levels | None = None
+        self.gpus = None
+        self.ways = Ways()
         self.rank: int = comm.Get_rank()
         self.size: int = comm.Get_size()
 

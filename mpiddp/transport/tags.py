@@ -5,10 +5,13 @@ Negotiated exchanges take ``[0, FIRST_TAG)`` in turn. Then each lane takes LANE_
 
 from __future__ import annotations
 
-__all__ = ["FIRST_TAG", "LANES", "LANE_TAGS"]
+__all__ = ["FIRST_TAG", "LANES", "LANE_TAGS", "MAPPING_TAG"]
 
 FIRST_TAG = 8192
 
 #: Launches of one lane that are under way together, at most, and lanes with tags of their own.
 LANE_TAGS = 512
 LANES = 32
+
+#: That with which the members find out, once, whether they can map each other's GPU memory.
+MAPPING_TAG = FIRST_TAG + LANES * LANE_TAGS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.abc
 import importlib.machinery
 from pathlib import Path
@@ -85,6 +86,8 @@ class ParentPlugin:
         """Run the item, or take its result from the running job, and turn it into pytest's reports."""
         if self.launcher is None:
             return [note(item, "skipped", (str(item.path), 0, "Skipped: no mpirun beside this Python or on PATH"))]
+        if item.get_closest_marker("gpu") and (why := missing_gpu()):
+            return [note(item, "skipped", (str(item.path), 0, f"Skipped: {why}"))]
         if self.restarts.get((item.path, size), 0) > MOST_RESTARTS:
             return [note(item, "failed", f"not run: {MOST_RESTARTS} jobs of this file failed on {size} ranks already")]
         job = self.job_for(item, size)
@@ -134,6 +137,16 @@ class ParentPlugin:
                 blame(report, verdict.problem)
                 report.sections += job.sections(item.nodeid)
         return reports
+
+
+@functools.cache
+def missing_gpu() -> str | None:
+    """Why tests marked gpu cannot run here; None if they can."""
+    import torch
+
+    if torch.version.cuda is None:
+        return "needs a GPU, and a torch that is built for CUDA"
+    return None if torch.cuda.is_available() else "needs a GPU"
 
 
 def blame(report: pytest.TestReport, problem: str) -> None:

@@ -11,7 +11,7 @@ from ...collectives import select
 from ...collectives.base import chunk_bounds
 from ...collectives.gather import gather
 from ...engine import Engine, Lane
-from ...engine.execute import through_host
+from ...engine.device import launch
 from ...transport.base import Link, Steps
 from ..agreement import gather_objects
 from ..layout import Bucket
@@ -92,9 +92,9 @@ def _views(flat: torch.Tensor, bucket: Bucket) -> list[torch.Tensor]:
 def _collect(engine: Engine, lane: Lane, name: str, flat: torch.Tensor, to: int | None) -> None:
     bounds = chunk_bounds(flat.numel(), lane.link.size)
 
-    def start(link: Link, tag: int) -> Steps:
+    def start(link: Link, flat: torch.Tensor, tag: int) -> Steps:
         if to is None:
-            return through_host(flat, lambda host: select.allgather(link, host, bounds, tag))
-        return through_host(flat, lambda host: gather(link, host, bounds, to, tag))
+            return select.allgather(link, flat, bounds, tag)
+        return gather(link, flat, bounds, to, tag)
 
-    engine.wait(lane.launch(name, start))
+    engine.wait(launch(lane, name, flat, start))

@@ -7,7 +7,7 @@ import torch
 from ...collectives import ReduceOp, select
 from ...collectives.base import chunk_bounds
 from ...engine import Handle
-from ...engine.execute import through_host
+from ...engine.device import launch
 from ...transport.base import Link, Steps
 from ..layout import Bucket
 from ..wire import Sending, Wire
@@ -47,19 +47,16 @@ class ShardWire(Wire):
         data, segment = bucket.data, self._segment_nbytes
         bounds = chunk_bounds(data.numel(), self._lane.link.size)
 
-        def start(link: Link, tag: int) -> Steps:
-            return through_host(data, lambda host: select.allgather(link, host, bounds, tag, segment))
+        def start(link: Link, flat: torch.Tensor, tag: int) -> Steps:
+            return select.allgather(link, flat, bounds, tag, segment)
 
-        return self._lane.launch(name, start)
+        return launch(self._lane, name, data, start)
 
     def _reduce_scatter(self, name: str, data: torch.Tensor) -> Handle:
         scale, segment, is_ordered = self._scale, self._segment_nbytes, self._is_ordered
         bounds = chunk_bounds(data.numel(), self._lane.link.size)
 
-        def start(link: Link, tag: int) -> Steps:
-            return through_host(
-                data,
-                lambda host: select.reduce_scatter(link, host, bounds, ReduceOp.SUM, tag, scale, segment, is_ordered),
-            )
+        def start(link: Link, flat: torch.Tensor, tag: int) -> Steps:
+            return select.reduce_scatter(link, flat, bounds, ReduceOp.SUM, tag, scale, segment, is_ordered)
 
-        return self._lane.launch(name, start)
+        return launch(self._lane, name, data, start)

@@ -1,0 +1,258 @@
+"""Every CUDA stream and event of the library, each with the overlap that it buys.
+
+MPI knows no streams, and a kernel that reads what another stream has not written yet gives wrong sums without a word.
+So a tensor is read only behind an event of the stream that made it, nobody blocks on a device while exchanges are
+pushed (events are polled), and whoever waits for a result makes his own stream wait, not the device.
+
+The device is reached through a :class:`Driver`, so that tests can put one in its place that notices every read before
+the event that orders it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, Protocol
+
+import torch
+
+from ..errors import MpiddpError
+
+__all__ = ["Cuda", "Device", "Devices", "Driver", "Event", "Makers", "Passage", "Stream", "on_exchange_streams"]
+
+
+class Event(Protocol):
+    """A point in the work of a stream, as torch.cuda.Event is."""
+
+    def query(self) -> bool:
+        """Whether the work up to it is done; the host may then read what that wrote."""
+        ...
+
+    def synchronize(self) -> None:
+        """Block until it is done: never inside an exchange."""
+        ...
+
+
+class Stream(Protocol):
+    """Work in order, as torch.cuda.Stream is."""
+
+    def record_event(self) -> Event:
+        """An event behind all that is enqueued so far."""
+        ...
+
+    def wait_event(self, event: Any) -> None:
+        """What is enqueued from now on runs behind ``event``; the host does not wait."""
+        ...
+
+
+class Driver(Protocol):
+    """What is asked of torch.cuda."""
+
+    def current(self, device: torch.device) -> Stream:
+        """The calling thread's stream on ``device``."""
+        ...
+
+    def make_stream(self, device: torch.device) -> Stream:
+        """A new one of high priority: its small kernels and copies go before the blocks of a large kernel that waits
+        for room."""
+        ...
+
+    def on(self, stream: Stream) -> AbstractContextManager[Any]:
+        """A context in which ``stream`` is the current one, and its device the current device."""
+        ...
+
+    def is_capturing(self, device: torch.device) -> bool:
+        """Whether the calling thread's stream on ``device`` records a CUDA graph."""
+        ...
+
+    def keep(self, tensor: torch.Tensor, stream: Stream) -> None:
+        """``stream`` uses the tensor: its memory is not handed out again before that has ended."""
+        ...
+
+    def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Between the device and pinned memory, on the current stream; the host goes on."""
+        ...
+
+    def pinned(self, nbytes: int) -> torch.Tensor:
+        """Host memory, as bytes, that the device copies from and to by itself while the host goes on."""
+        ...
+
+
+class Cuda:
+    """torch.cuda as a :class:`Driver`."""
+
+    def current(self, device: torch.device) -> Stream:
+        """See :class:`Driver`."""
+        return torch.cuda.current_stream(device)
+
+    def make_stream(self, device: torch.device) -> Stream:
+        """See :class:`Driver`."""
+        return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+
+    @contextmanager
+    def on(self, stream: Stream) -> Iterator[None]:
+        """See :class:`Driver`.
+
+        The thread may never have used its current device (the liveness thread's is device 0 on every rank). Leaving
+        torch.cuda.stream() would set that device again, which makes a context there; leaving torch.cuda.device() does
+        not, and between the two the device does not change.
+        """
+        device: torch.device = stream.device  # type: ignore[attr-defined]
+        with torch.cuda.device(device), torch.cuda.stream(stream):  # type: ignore[arg-type]
+            yield
+
+    def is_capturing(self, device: torch.device) -> bool:
+        """See :class:`Driver`."""
+        with torch.cuda.device(device):
+            return torch.cuda.is_current_stream_capturing()
+
+    def keep(self, tensor: torch.Tensor, stream: Stream) -> None:
+        """See :class:`Driver`."""
+        try:
+            tensor.record_stream(stream)  # type: ignore[arg-type]
+        except RuntimeError:
+            # This allocator refuses memory that is not its own; such memory is kept by its owner.
+            if torch.cuda.get_allocator_backend() != "cudaMallocAsync":
+                raise
+
+    def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """See :class:`Driver`."""
+        target.copy_(source, non_blocking=True)
+
+    def pinned(self, nbytes: int) -> torch.Tensor:
+        """See :class:`Driver`."""
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+
+
+class Device:
+    """The streams of one device. Each buys an overlap:
+
+    - ``exchange``: additions, and copies into and out of fused buffers, run beside backward, which goes on on the
+      user's stream;
+    - ``out``: the copy of the next segment to the host runs beside the addition of this one;
+    - ``back``: the copy of a segment from the host runs beside both: GPUs copy in both directions at once.
+    """
+
+    def __init__(self, driver: Driver, device: torch.device) -> None:
+        self.driver, self.device = driver, device
+        self.exchange, self.out, self.back = (driver.make_stream(device) for _ in range(3))
+
+    def __repr__(self) -> str:
+        return f"Device({self.device})"
+
+
+class Devices:
+    """The devices that this process exchanges tensors of, found as they come."""
+
+    def __init__(self, driver: Driver | None = None) -> None:
+        self.driver: Driver = Cuda() if driver is None else driver
+        self._by_device: dict[torch.device, Device] = {}
+
+    def of(self, tensor: torch.Tensor) -> Device:
+        """The streams of the device that ``tensor`` lies on."""
+        found = self._by_device.get(tensor.device)
+        if found is None:
+            found = self._by_device[tensor.device] = Device(self.driver, tensor.device)
+        return found
+
+    def depart(self, tensor: torch.Tensor) -> Passage:
+        """``tensor`` is handed over to an exchange, by the thread whose stream made it."""
+        self.refuse_capture(tensor)
+        return Passage(self.of(tensor), tensor)
+
+    def refuse_capture(self, tensor: torch.Tensor) -> None:
+        """MpiddpError while the calling thread captures a CUDA graph."""
+        if self.driver.is_capturing(tensor.device):
+            raise MpiddpError(
+                f"a tensor on {tensor.device} was handed to a collective while a CUDA graph is captured: an exchange "
+                "needs the host between its steps, so it cannot be part of a graph. Capture forward and backward "
+                "without the exchange, or do not capture"
+            )
+
+    @property
+    def home(self) -> torch.device:
+        """A device that this process uses: the first that a tensor came from, or the current one."""
+        return next(iter(self._by_device), torch.device("cuda"))
+
+    def __repr__(self) -> str:
+        return f"Devices({', '.join(str(device) for device in self._by_device) or 'none used'})"
+
+
+class Passage:
+    """A tensor's way through an exchange: made on the caller's stream, worked on on the exchange's, and visible to
+    whoever waits for it. The exchange keeps ``tensor`` alive until then."""
+
+    __slots__ = ("_done", "_made", "_result", "device", "tensor")
+
+    def __init__(self, device: Device, tensor: torch.Tensor) -> None:
+        self.device, self.tensor = device, tensor
+        # Overlap: the exchange waits for what made this tensor, and not for what the caller enqueues behind it.
+        self._made = device.driver.current(tensor.device).record_event()
+        self._done: Event | None = None
+        self._result: tuple[torch.Tensor, ...] = ()
+
+    def begin(self) -> None:
+        """What the exchange stream does from now on is behind what made the tensor."""
+        self.device.exchange.wait_event(self._made)
+        self.device.driver.keep(self.tensor, self.device.exchange)
+
+    def finish(self, result: object = None) -> None:
+        """All work on the result is enqueued on the exchange stream; before anybody is told that it is there."""
+        parts = result if isinstance(result, (tuple, list)) else (result,)
+        self._result = tuple(part for part in parts if isinstance(part, torch.Tensor) and _is_on(part, self.tensor))
+        # Overlap: the caller's stream waits for this exchange alone, not for those behind it.
+        self._done = self.device.exchange.record_event()
+
+    def land(self) -> None:
+        """The calling thread's stream sees the result from here on; the host does not wait."""
+        if self._done is None:  # it failed
+            return
+        stream = self.device.driver.current(self.device.device)
+        stream.wait_event(self._done)
+        for tensor in self._result:  # it may have been allocated on the exchange stream
+            self.device.driver.keep(tensor, stream)
+        self._result = ()
+
+
+def _is_on(part: torch.Tensor, like: torch.Tensor) -> bool:
+    return part.device == like.device
+
+
+def on_exchange_streams(passages: Iterable[Passage]) -> AbstractContextManager[Any]:
+    """A context in which each device's exchange stream is its current one; the first passage's device is current."""
+    devices = {id(passage.device): passage.device for passage in passages}
+    if len(devices) == 1:
+        (device,) = devices.values()
+        return device.driver.on(device.exchange)
+    stack = ExitStack()
+    for device in reversed(devices.values()):
+        stack.enter_context(device.driver.on(device.exchange))
+    return stack
+
+
+class Makers:
+    """Which streams wrote into which bucket: autograd accumulates each gradient on the stream of its own forward."""
+
+    def __init__(self, devices: Devices, buckets: Iterable[torch.Tensor]) -> None:
+        """``buckets`` are new, and filled with zeros by the calling thread's streams."""
+        self._driver = devices.driver
+        for device in {bucket.device for bucket in buckets}:
+            # No overlap to gain: buckets are made once or twice. Other streams may write them from here on.
+            self._driver.current(device).record_event().synchronize()
+        self._streams: dict[int, list[Stream]] = {}
+
+    def note(self, bucket: int, tensor: torch.Tensor) -> None:
+        """The calling thread's stream has written ``tensor``, a part of the bucket."""
+        stream = self._driver.current(tensor.device)
+        streams = self._streams.setdefault(bucket, [])
+        if stream not in streams:
+            streams.append(stream)
+
+    def gather(self, bucket: int, tensor: torch.Tensor) -> None:
+        """The calling thread's stream is behind all that was written into the bucket."""
+        own = self._driver.current(tensor.device)
+        for stream in self._streams.pop(bucket, ()):
+            if stream != own:
+                # Overlap: gradients of several streams are packed side by side, and only the bucket's departure waits.
+                own.wait_event(stream.record_event())
+                self._driver.keep(tensor, stream)
