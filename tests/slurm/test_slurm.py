@@ -1,0 +1,142 @@
+"""A real Slurm of two nodes: ranks find each other, jobs leave when they are told to, and go on where they were."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from mpiddp.cli import main as mpiddp_command
+from tests.harness.launcher import ROOT_PERMISSION, Launcher, find
+from tests.slurm.cluster import Cluster, missing
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+TRAINING = Path(__file__).with_name("training.py")
+DIGITS = ROOT / "examples" / "digits.py"
+HELD_AT = 7  # as training.py has it
+
+needs_sklearn = pytest.mark.skipif(importlib.util.find_spec("sklearn") is None, reason="needs scikit-learn")
+
+
+@pytest.fixture(scope="module")
+def launcher() -> Launcher:
+    found = find()
+    if found is None or found.flavour != "open mpi":
+        pytest.skip("these tests are written for Open MPI's mpirun and srun --mpi=pmix")
+    return found
+
+
+@pytest.fixture(scope="module")
+def slurm(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    reason = missing()
+    if reason:
+        pytest.skip(reason)
+    cluster = Cluster(tmp_path_factory.mktemp("slurm"), cpus=8)
+    cluster.start()
+    yield cluster
+    cluster.stop()
+
+
+@pytest.fixture
+def environ(launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The batch shell finds our mpirun, and ranks on a busy machine give way to each other."""
+    monkeypatch.setenv("PATH", str(launcher.mpirun.parent), prepend=":")
+    return {**ROOT_PERMISSION, "PYTHONPATH": str(ROOT), "OMPI_MCA_mpi_yield_when_idle": "1"}
+
+
+def batch(folder: Path, capsys: pytest.CaptureFixture[str], *words: str) -> Path:
+    """The script that `mpiddp slurm` prints, for two nodes; its output comes to the folder, in one file a job."""
+    assert mpiddp_command(["slurm", "--nodes", "2", "--sbatch", "output=out-%A-%a.txt", *words]) == 0
+    script = folder / "job.sbatch"
+    # Unbound: the test's machine has fewer cores than its Slurm believes.
+    text = (
+        capsys.readouterr()
+        .out.replace("--cpu-bind=cores", "--cpu-bind=none")
+        .replace("--bind-to core", "--bind-to none")
+    )
+    script.write_text(text.replace("slot:PE=$SLURM_CPUS_PER_TASK", "slot"))
+    return script
+
+
+def output(folder: Path) -> str:
+    return "".join(path.read_text() for path in sorted(folder.glob("out-*.txt")))
+
+
+def wait_for(path: Path, timeout_s: float = 60) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} did not come\n{output(path.parent)}"
+        time.sleep(0.02)
+
+
+def accuracy(text: str) -> float:
+    found = re.findall(r"^test accuracy ([\d.]+)%", text, re.MULTILINE)
+    assert len(found) == 1, text
+    return float(found[0]) / 100
+
+
+@needs_sklearn
+def test_srun_trains(slurm: Cluster, environ: dict[str, str]) -> None:
+    words = ["srun", "-N2", "--ntasks-per-node=1", "--mpi=pmix", sys.executable, DIGITS, "--epochs", "12"]
+    done = slurm.run(words, env=environ, timeout_s=120)
+    assert done.rc == 0, done
+    assert accuracy(done.stdout) >= 0.97 and re.search(r"^\d+ samples/s on 2 ranks", done.stdout, re.MULTILINE)
+
+
+@needs_sklearn
+def test_sbatch_and_mpirun_train(
+    slurm: Cluster, environ: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = batch(tmp_path, capsys, "--launcher", "mpirun", sys.executable, str(DIGITS), "--epochs", "12")
+    assert slurm.wait(slurm.submit(script, env=environ), 120) == "COMPLETED", output(tmp_path)
+    assert accuracy(output(tmp_path)) >= 0.97
+
+
+@pytest.mark.parametrize("way", ["srun", "mpirun in an array"])
+def test_a_requeued_job_goes_on_where_it_was(
+    slurm: Cluster, environ: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], way: str
+) -> None:
+    python = [sys.executable, str(TRAINING)]
+    straight = ["srun", "-N2", "-n2", "--mpi=pmix", *python, tmp_path / "other", "final", tmp_path / "straight.pt"]
+    done = slurm.run(straight, env=environ)
+    assert done.rc == 0 and "from step 0 to step 25 on 2 ranks, 2 nodes" in done.stdout, done
+
+    folder, final = tmp_path / "checkpoints", tmp_path / "final.pt"
+    how = ["--launcher", way.split()[0], *(["--array", "3"] if "array" in way else [])]
+    script = batch(tmp_path, capsys, "--requeue", *how, *python, str(folder), "hold", "final", str(final))
+    job = slurm.submit(script, env=environ) + ("_3" if "array" in way else "")
+    wait_for(tmp_path / "checkpoints-holding")
+    signal = ["scancel", "--signal=USR1", *(["--batch"] if way.startswith("mpirun") else []), job]
+    for _ in range(2):  # the second changes nothing
+        assert slurm.run(signal).rc == 0
+    wait_for(folder / f"step-{HELD_AT:08d}")
+    assert slurm.wait(job) == "COMPLETED", output(tmp_path)
+    facts, said = slurm.job(job), output(tmp_path)
+    assert facts["Restarts"] == "1", facts
+    assert f"from step {HELD_AT} to step 25 on 2 ranks, 2 nodes" in said, said
+    one, other = torch.load(tmp_path / "straight.pt"), torch.load(final)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_job_at_its_time_limit_leaves_a_checkpoint(
+    slurm: Cluster, environ: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "checkpoints"
+    python = [sys.executable, str(TRAINING), str(folder)]
+    # At the limit Slurm sends SIGTERM, and KillWait seconds later SIGKILL.
+    job = slurm.submit(batch(tmp_path, capsys, "--time", "1", "--signal", "TERM", *python, "hold"), env=environ)
+    wait_for(tmp_path / "checkpoints-holding")
+    # The limit, which is in whole minutes, is brought forward; Slurm looks for it every half a minute.
+    assert slurm.run(["scontrol", "update", f"jobid={job}", "EndTime=now+1"]).rc == 0
+    assert slurm.wait(job, 100) == "TIMEOUT", output(tmp_path)
+    assert [path.name for path in folder.iterdir()] == [f"step-{HELD_AT:08d}"]
+    done = slurm.run(["srun", "-N2", "-n2", "--mpi=pmix", *python], env=environ)
+    assert f"from step {HELD_AT} to step 25" in done.stdout, done
