@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
+import os
 import re
 import sys
 import time
@@ -45,24 +48,37 @@ def slurm(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Itera
     cluster.stop()
 
 
-@pytest.fixture
-def environ(launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+@pytest.fixture(scope="module")
+def environ(launcher: Launcher) -> dict[str, str]:
     """The batch shell finds our mpirun, and ranks on a busy machine give way to each other."""
-    monkeypatch.setenv("PATH", str(launcher.mpirun.parent), prepend=":")
-    return {**ROOT_PERMISSION, "PYTHONPATH": str(ROOT), "OMPI_MCA_mpi_yield_when_idle": "1"}
+    path = f"{launcher.mpirun.parent}:{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+    return {**ROOT_PERMISSION, "PATH": path, "PYTHONPATH": str(ROOT), "OMPI_MCA_mpi_yield_when_idle": "1"}
 
 
-def batch(folder: Path, capsys: pytest.CaptureFixture[str], *words: str) -> Path:
+@pytest.fixture(scope="module", autouse=True)
+def limited(slurm: Cluster, environ: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """A job near its time limit, and its directory. Slurm looks for such jobs every half a minute: beside the others."""
+    folder = tmp_path_factory.mktemp("limited")
+    python = [sys.executable, str(TRAINING), str(folder / "checkpoints")]
+    # At the limit Slurm sends SIGTERM, and KillWait seconds later SIGKILL.
+    job = slurm.submit(batch(folder, "--time", "1", "--signal", "TERM", *python, "hold"), env=environ)
+    wait_for(folder / "checkpoints-holding")
+    # Limits are in whole minutes; this one is brought forward.
+    assert slurm.run(["scontrol", "update", f"jobid={job}", "EndTime=now+1"]).rc == 0
+    return job, folder
+
+
+def batch(folder: Path, *words: str) -> Path:
     """The script that `mpiddp slurm` prints, for two nodes; its output comes to the folder, in one file a job."""
-    assert mpiddp_command(["slurm", "--nodes", "2", "--sbatch", "output=out-%A-%a.txt", *words]) == 0
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert mpiddp_command(["slurm", "--nodes", "2", "--sbatch", "output=out-%A-%a.txt", *words]) == 0
     script = folder / "job.sbatch"
     # Unbound: the test's machine has fewer cores than its Slurm believes.
-    text = (
-        capsys.readouterr()
-        .out.replace("--cpu-bind=cores", "--cpu-bind=none")
-        .replace("--bind-to core", "--bind-to none")
-    )
-    script.write_text(text.replace("slot:PE=$SLURM_CPUS_PER_TASK", "slot"))
+    text = printed.getvalue()
+    for bound, unbound in (("d=cores", "d=none"), ("-to core", "-to none"), ("slot:PE=$SLURM_CPUS_PER_TASK", "slot")):
+        text = text.replace(bound, unbound)
+    script.write_text(text)
     return script
 
 
@@ -92,18 +108,14 @@ def test_srun_trains(slurm: Cluster, environ: dict[str, str]) -> None:
 
 
 @needs_sklearn
-def test_sbatch_and_mpirun_train(
-    slurm: Cluster, environ: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    script = batch(tmp_path, capsys, "--launcher", "mpirun", sys.executable, str(DIGITS), "--epochs", "12")
+def test_sbatch_and_mpirun_train(slurm: Cluster, environ: dict[str, str], tmp_path: Path) -> None:
+    script = batch(tmp_path, "--launcher", "mpirun", sys.executable, str(DIGITS), "--epochs", "12")
     assert slurm.wait(slurm.submit(script, env=environ), 120) == "COMPLETED", output(tmp_path)
     assert accuracy(output(tmp_path)) >= 0.97
 
 
 @pytest.mark.parametrize("way", ["srun", "mpirun in an array"])
-def test_a_requeued_job_goes_on_where_it_was(
-    slurm: Cluster, environ: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], way: str
-) -> None:
+def test_a_requeued_job_goes_on_where_it_was(slurm: Cluster, environ: dict[str, str], tmp_path: Path, way: str) -> None:
     python = [sys.executable, str(TRAINING)]
     straight = ["srun", "-N2", "-n2", "--mpi=pmix", *python, tmp_path / "other", "final", tmp_path / "straight.pt"]
     done = slurm.run(straight, env=environ)
@@ -111,7 +123,7 @@ def test_a_requeued_job_goes_on_where_it_was(
 
     folder, final = tmp_path / "checkpoints", tmp_path / "final.pt"
     how = ["--launcher", way.split()[0], *(["--array", "3"] if "array" in way else [])]
-    script = batch(tmp_path, capsys, "--requeue", *how, *python, str(folder), "hold", "final", str(final))
+    script = batch(tmp_path, "--requeue", *how, *python, str(folder), "hold", "final", str(final))
     job = slurm.submit(script, env=environ) + ("_3" if "array" in way else "")
     wait_for(tmp_path / "checkpoints-holding")
     signal = ["scancel", "--signal=USR1", *(["--batch"] if way.startswith("mpirun") else []), job]
@@ -127,16 +139,11 @@ def test_a_requeued_job_goes_on_where_it_was(
 
 
 def test_a_job_at_its_time_limit_leaves_a_checkpoint(
-    slurm: Cluster, environ: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    slurm: Cluster, environ: dict[str, str], limited: tuple[str, Path]
 ) -> None:
-    folder = tmp_path / "checkpoints"
-    python = [sys.executable, str(TRAINING), str(folder)]
-    # At the limit Slurm sends SIGTERM, and KillWait seconds later SIGKILL.
-    job = slurm.submit(batch(tmp_path, capsys, "--time", "1", "--signal", "TERM", *python, "hold"), env=environ)
-    wait_for(tmp_path / "checkpoints-holding")
-    # The limit, which is in whole minutes, is brought forward; Slurm looks for it every half a minute.
-    assert slurm.run(["scontrol", "update", f"jobid={job}", "EndTime=now+1"]).rc == 0
-    assert slurm.wait(job, 100) == "TIMEOUT", output(tmp_path)
-    assert [path.name for path in folder.iterdir()] == [f"step-{HELD_AT:08d}"]
-    done = slurm.run(["srun", "-N2", "-n2", "--mpi=pmix", *python], env=environ)
+    job, folder = limited
+    assert slurm.wait(job, 100) == "TIMEOUT", output(folder)
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == [f"step-{HELD_AT:08d}"]
+    words = ["srun", "-N2", "-n2", "--mpi=pmix", sys.executable, TRAINING, folder / "checkpoints"]
+    done = slurm.run(words, env=environ)
     assert f"from step {HELD_AT} to step 25" in done.stdout, done
