@@ -57,7 +57,7 @@ def environ(launcher: Launcher) -> dict[str, str]:
 
 @pytest.fixture(scope="module", autouse=True)
 def limited(slurm: Cluster, environ: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """A job near its time limit, and its directory. Slurm looks for such jobs every half a minute: beside the others."""
+    """A job near its time limit, and its directory; beside the others, since Slurm needs up to half a minute."""
     folder = tmp_path_factory.mktemp("limited")
     python = [sys.executable, str(TRAINING), str(folder / "checkpoints")]
     # At the limit Slurm sends SIGTERM, and KillWait seconds later SIGKILL.
@@ -114,13 +114,21 @@ def test_sbatch_and_mpirun_train(slurm: Cluster, environ: dict[str, str], tmp_pa
     assert accuracy(output(tmp_path)) >= 0.97
 
 
+@pytest.fixture(scope="module")
+def straight(
+    slurm: Cluster, environ: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, torch.Tensor]:
+    """What the training comes to when nothing happens to it."""
+    folder = tmp_path_factory.mktemp("straight")
+    python = [sys.executable, TRAINING, folder / "checkpoints", "final", folder / "final.pt"]
+    done = slurm.run(["srun", "-N2", "-n2", "--mpi=pmix", *python], env=environ)
+    assert done.rc == 0 and "from step 0 to step 25 on 2 ranks, 2 nodes" in done.stdout, done
+    return torch.load(folder / "final.pt")
+
+
 @pytest.mark.parametrize("way", ["srun", "mpirun in an array"])
 def test_a_requeued_job_goes_on_where_it_was(slurm: Cluster, environ: dict[str, str], tmp_path: Path, way: str) -> None:
     python = [sys.executable, str(TRAINING)]
-    straight = ["srun", "-N2", "-n2", "--mpi=pmix", *python, tmp_path / "other", "final", tmp_path / "straight.pt"]
-    done = slurm.run(straight, env=environ)
-    assert done.rc == 0 and "from step 0 to step 25 on 2 ranks, 2 nodes" in done.stdout, done
-
     folder, final = tmp_path / "checkpoints", tmp_path / "final.pt"
     how = ["--launcher", way.split()[0], *(["--array", "3"] if "array" in way else [])]
     script = batch(tmp_path, "--requeue", *how, *python, str(folder), "hold", "final", str(final))
@@ -134,8 +142,8 @@ def test_a_requeued_job_goes_on_where_it_was(slurm: Cluster, environ: dict[str, 
     facts, said = slurm.job(job), output(tmp_path)
     assert facts["Restarts"] == "1", facts
     assert f"from step {HELD_AT} to step 25 on 2 ranks, 2 nodes" in said, said
-    one, other = torch.load(tmp_path / "straight.pt"), torch.load(final)
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    other = torch.load(final)
+    assert all(torch.equal(straight[name], other[name]) for name in straight)
 
 
 def test_a_job_at_its_time_limit_leaves_a_checkpoint(
