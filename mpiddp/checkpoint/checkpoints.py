@@ -39,7 +39,7 @@ class Checkpoints:
         signals: names of the signals that make :meth:`preempted` true, such as ``"USR1"`` or ``["USR1", "TERM"]``;
             ``MPIDDP_PREEMPT_SIGNAL`` unless given. They are awaited from here on.
         requeue: whether :meth:`leave` puts the job back into Slurm's queue; ``MPIDDP_REQUEUE`` unless given.
-        check_every: :meth:`preempted` asks the other ranks at each so many-th call.
+        check_every: :meth:`preempted` asks the other ranks at each so many-th call; unless given, about twice a second.
 
     Raises:
         ArgumentError: unusable arguments. NotInitializedError: before ``mpiddp.init()``.
@@ -52,11 +52,11 @@ class Checkpoints:
         keep: int = 3,
         signals: str | Sequence[str] | None = None,
         requeue: bool | None = None,
-        check_every: int = 1,
+        check_every: int | None = None,
         **objects: Any,
     ) -> None:
         settings = runtime.current().config
-        if keep < 1 or check_every < 1:
+        if keep < 1 or (check_every is not None and check_every < 1):
             raise ArgumentError(f"keep={keep} and check_every={check_every} must be at least 1")
         self.keep = keep
         #: The plain values that were given to :meth:`save`, after :meth:`restore`.
@@ -192,8 +192,8 @@ class Checkpoints:
     def preempted(self) -> bool:
         """Whether the job is to end: the signal has come to any rank. To be called on all ranks after each step.
 
-        All ranks get the same answer at the same call. It does not wait for them: an all-reduce of one byte travels
-        during the next step, and this call has the answer of the one before.
+        All ranks get the same answer at the same call, about half a second and a step after the signal. It does not
+        wait for them: now and then a call starts an all-reduce of 16 bytes, of which the next call has the answer.
         """
         return self._agreement.any(self._notice.has_come)
 

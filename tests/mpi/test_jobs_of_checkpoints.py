@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,5 +50,5 @@ def test_a_sharded_checkpoint_at_other_numbers_of_ranks(mpirun, tmp_path: Path) 
 @pytest.mark.slow
 def test_run_starts_ranks_and_keeps_the_exit_code(mpirun) -> None:
     code = "import mpiddp, sys; mpiddp.init(); print('one of', mpiddp.size()); mpiddp.barrier(); sys.exit(7)"
-    done = mpirun(["-m", "mpiddp", "run", "-np", "2", "python", "-c", code], 0, expect=7)
+    done = mpirun(["-m", "mpiddp", "run", "-np", "2", sys.executable, "-c", code], 0, expect=7)
     assert done.stdout.count("one of 2") == 2 and "mpirun" in done.stderr.splitlines()[0], done
