@@ -57,6 +57,8 @@ SlurmdParameters=config_overrides
 JobRequeue=1
 KillWait=5
 OverTimeLimit=0
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 """
 
 
@@ -111,7 +113,9 @@ class Cluster:
         text = CONF.format(host=socket.gethostname(), port=port, directory=self.directory)
         for node, own in zip(self.nodes, ports, strict=True):
             text += f"NodeName={node} NodeAddr=127.0.0.1 Port={own} CPUs={self.cpus} RealMemory=1000 State=UNKNOWN\n"
-        text += f"PartitionName=all Nodes={','.join(self.nodes)} Default=YES MaxTime=INFINITE State=UP\n"
+        partition = f"Nodes={','.join(self.nodes)} MaxTime=INFINITE State=UP"
+        text += f"PartitionName=all {partition} Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=10\n"
+        text += f"PartitionName=urgent {partition} PriorityTier=10 PreemptMode=OFF\n"
         (self.directory / "slurm.conf").write_text(text)
 
     def stop(self) -> None:
@@ -121,7 +125,7 @@ class Cluster:
 
     def states(self) -> list[str]:
         """Of the nodes, such as ``idle``; empty before the controller answers."""
-        done = self.run(["sinfo", "-h", "-N", "-o", "%T"], timeout_s=10)
+        done = self.run(["sinfo", "-h", "-N", "-p", "all", "-o", "%T"], timeout_s=10)
         return done.stdout.split() if done.rc == 0 else []
 
     def logs(self) -> list[Path]:

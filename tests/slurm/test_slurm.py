@@ -155,3 +155,19 @@ def test_a_job_at_its_time_limit_leaves_a_checkpoint(
     words = ["srun", "-N2", "-n2", "--mpi=pmix", sys.executable, TRAINING, folder / "checkpoints"]
     done = slurm.run(words, env=environ)
     assert f"from step {HELD_AT} to step 25" in done.stdout, done
+
+
+def test_a_job_that_must_make_room_goes_on_later(
+    slurm: Cluster, environ: dict[str, str], straight: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    """Preemption: Slurm sends SIGTERM, and GraceTime seconds later it would end the job without mercy."""
+    folder, final = tmp_path / "checkpoints", tmp_path / "final.pt"
+    python = [sys.executable, str(TRAINING), str(folder), "hold", "final", str(final)]
+    job = slurm.submit(batch(tmp_path, "--requeue", "--signal", "TERM", *python), env=environ)
+    wait_for(tmp_path / "checkpoints-holding")
+    done = slurm.run(["srun", "--partition=urgent", "--nodes=2", "--exclusive", "true"], env=environ)
+    assert done.rc == 0, done
+    assert slurm.wait(job) == "COMPLETED", output(tmp_path)
+    assert slurm.job(job)["Restarts"] == "1" and f"from step {HELD_AT} to step 25" in output(tmp_path)
+    other = torch.load(final)
+    assert all(torch.equal(straight[name], other[name]) for name in straight)
