@@ -23,7 +23,7 @@ from tests.harness.job import Completed
 __all__ = ["Cluster", "missing"]
 
 HERE = Path(__file__).parent
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "unshare")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "unshare", "nsenter")
 #: What Slurm's PMIx plugin opens, by this very name; Debian's package has only libpmix.so.2 beside it.
 PMIX = "pmix2/lib/libpmix.so"
 START_S = 20.0
@@ -138,12 +138,22 @@ class Cluster:
     ) -> Completed:  # fmt: skip
         """Run a command of Slurm's (srun, sbatch, scontrol ...) to its end."""
         began = time.monotonic()
-        args = [os.fspath(part) for part in command]
+        # In the namespace of the daemons, so that it ends with them: srun is two processes, and ignores SIGTERM.
+        args = ["nsenter", "--pid", f"--target={self._first_pid()}", *(os.fspath(part) for part in command)]
         done = subprocess.run(
             args, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout_s, check=False, cwd=cwd,
             env=self.environ(env or {}),
         )  # fmt: skip
         return Completed(args, done.returncode, done.stdout, done.stderr, time.monotonic() - began)
+
+    def _first_pid(self) -> int:
+        """The process that is the first one of the namespace, as seen from here."""
+        deadline = time.monotonic() + START_S
+        children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children")
+        while not (found := children.read_text().split()):
+            assert time.monotonic() < deadline and self._process.poll() is None, "the namespace did not come to be"
+            time.sleep(0.01)
+        return int(found[0])
 
     def environ(self, more: Mapping[str, str]) -> dict[str, str]:
         """The variables for Slurm's commands; nothing of a job that the tests may run in."""

@@ -127,7 +127,9 @@ def straight(
 
 
 @pytest.mark.parametrize("way", ["srun", "mpirun in an array"])
-def test_a_requeued_job_goes_on_where_it_was(slurm: Cluster, environ: dict[str, str], tmp_path: Path, way: str) -> None:
+def test_a_requeued_job_goes_on_where_it_was(
+    slurm: Cluster, environ: dict[str, str], straight: dict[str, torch.Tensor], tmp_path: Path, way: str
+) -> None:
     python = [sys.executable, str(TRAINING)]
     folder, final = tmp_path / "checkpoints", tmp_path / "final.pt"
     how = ["--launcher", way.split()[0], *(["--array", "3"] if "array" in way else [])]

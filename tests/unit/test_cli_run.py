@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -184,3 +185,12 @@ def test_a_script_with_mpirun_hands_the_signal_on(tmp_path: Path, capsys: pytest
 def test_a_script_without_a_signal_is_plain(capsys: pytest.CaptureFixture[str]) -> None:
     text = printed(capsys, "--launcher", "mpirun", "--signal", "", "python", "x.py")
     assert "trap" not in text and "MPIDDP" not in text and text.endswith("-x OMP_NUM_THREADS \\\n    python x.py\n")
+
+
+@pytest.mark.parametrize("launcher", ["srun", "mpirun"])
+def test_the_examples_are_what_is_printed(capsys: pytest.CaptureFixture[str], launcher: str) -> None:
+    text = (Path(__file__).parents[2] / "examples" / "slurm" / f"{launcher}.sbatch").read_text()
+    note = text[text.index("\n#\n# Submit") : text.index("\n\nset -e")]
+    command = shlex.split(note.partition("Printed by\n")[2].replace("# ", "").replace("\\\n", ""))
+    assert command[:2] == ["mpiddp", "slurm"]
+    assert printed(capsys, *command[2:]) == text.replace(note, "")
