@@ -14,6 +14,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -87,6 +88,9 @@ class Cluster:
 
     def start(self) -> None:
         """Start the daemons and wait until all nodes are idle."""
+        # mpirun names its folders by host and process id, which are the same small numbers in each such namespace: in
+        # /tmp it would meet what an earlier one has left. A short name: sockets lie there.
+        self._scratch = Path(tempfile.mkdtemp(prefix="slurm-"))
         self.configure()
         self._process = subprocess.Popen(
             ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", str(HERE / "nodes.sh"),
@@ -122,6 +126,7 @@ class Cluster:
         """End the daemons and all jobs."""
         self._process.kill()
         self._process.wait()
+        shutil.rmtree(self._scratch, ignore_errors=True)
 
     def states(self) -> list[str]:
         """Of the nodes, such as ``idle``; empty before the controller answers."""
@@ -158,7 +163,13 @@ class Cluster:
     def environ(self, more: Mapping[str, str]) -> dict[str, str]:
         """The variables for Slurm's commands; nothing of a job that the tests may run in."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH", "PMI"))}
-        return {**kept, "PATH": _path(), "SLURM_CONF": str(self.directory / "slurm.conf"), **more}
+        return {
+            **kept,
+            "PATH": _path(),
+            "SLURM_CONF": str(self.directory / "slurm.conf"),
+            "TMPDIR": str(self._scratch),
+            **more,
+        }
 
     def submit(self, script: Path, *arguments: str, env: Mapping[str, str] | None = None) -> str:
         """sbatch; the job's id."""
@@ -174,14 +185,17 @@ class Cluster:
     def wait(self, job: str, timeout_s: float = 60) -> str:
         """Wait until a job has ended, and does not wait in the queue; its state, such as COMPLETED or TIMEOUT."""
         deadline = time.monotonic() + timeout_s
+        hurried = "0"
         while True:
             facts = self.job(job)
             state = facts.get("JobState", "")
             if state not in ("", "PENDING", "RUNNING", "COMPLETING", "CONFIGURING"):
                 return state
-            if state == "PENDING" and facts.get("Restarts", "0") != "0":
-                # A requeued job waits two minutes before it may start.
-                self.run(["scontrol", "update", f"jobid={job}", "StartTime=now"])
+            if state == "PENDING" and facts.get("Restarts", "0") != hurried:
+                # A requeued job waits two minutes before it may start. In the second in which its first life was ended
+                # it must not: the nodes take its credential for the old one's and refuse it.
+                self.run(["scontrol", "update", f"jobid={job}", "StartTime=now+2"])
+                hurried = facts["Restarts"]
             assert time.monotonic() < deadline, f"job {job} is not over: {facts}"
             time.sleep(0.1)
 
