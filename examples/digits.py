@@ -4,9 +4,9 @@ Run it with or without mpirun; write a checkpoint, go on from it with any number
 
     python examples/digits.py
     mpirun -np 2 --bind-to core python examples/digits.py
-    mpirun -np 4 --oversubscribe python examples/digits.py --checkpoint digits.pt
-    mpirun -np 2 --bind-to core python examples/digits.py --checkpoint digits.pt --resume --epochs 20
-    python examples/digits.py --checkpoint digits.pt --eval-only
+    mpirun -np 4 --oversubscribe python examples/digits.py --checkpoint digits
+    mpirun -np 2 --bind-to core python examples/digits.py --checkpoint digits --resume --epochs 20
+    python examples/digits.py --checkpoint digits --eval-only
 """
 
 from __future__ import annotations
@@ -96,41 +96,18 @@ def evaluate(model: nn.Module, dataset: TensorDataset) -> tuple[float, float]:
     return mpiddp.mean(correct, len(sampler)), mpiddp.mean(loss, len(sampler))
 
 
-def save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int) -> None:
-    """Write the checkpoint on rank 0; a crash at any moment leaves the old one or the new one, never half of one."""
-    if mpiddp.rank() != 0:
-        return
-    scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with scratch.open("wb") as file:
-        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path)
-
-
-def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Read the checkpoint on rank 0, the only one that needs the file; return the epoch on every rank."""
-    epoch = 0
-    if mpiddp.rank() == 0:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        epoch = state["epoch"]
-    return int(mpiddp.broadcast_object(epoch))
-
-
 class Progress:
     """One line an epoch, on rank 0 alone; on a terminal a bar that moves in between."""
 
-    def __init__(self, epochs: int, steps: int) -> None:
-        self.epochs, self.steps = epochs, steps
+    def __init__(self, epochs: int) -> None:
+        self.epochs = epochs
         self.speaks = mpiddp.rank() == 0
         self.moves = self.speaks and writes_to_terminal()
 
-    def step(self, epoch: int, step: int) -> None:
+    def step(self, sampler: mpiddp.ShardSampler) -> None:
         if self.moves:
-            done = 30 * step // self.steps
-            print(f"\repoch {epoch + 1:3}/{self.epochs} [{'#' * done}{'.' * (30 - done)}]", end="", flush=True)
+            done = int(30 * sampler.progress)
+            print(f"\repoch {sampler.epoch + 1:3}/{self.epochs} [{'#' * done}{'.' * (30 - done)}]", end="", flush=True)
 
     def line(self, text: str) -> None:
         if self.speaks:
@@ -158,27 +135,34 @@ def writes_to_terminal() -> bool:
 
 def train_epoch(
     args: argparse.Namespace,
-    epoch: int,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     loader: DataLoader[tuple[torch.Tensor, ...]],
+    sampler: mpiddp.ShardSampler,
+    checkpoints: mpiddp.checkpoint.Checkpoints | None,
     progress: Progress,
 ) -> float:
-    """One pass over the training set; return the mean loss over all ranks."""
-    # Dropout and augmentation: other numbers on each rank and in each epoch, the same again in a resumed run.
-    torch.manual_seed(args.seed + mpiddp.rank() + epoch * mpiddp.size())
+    """One pass over the training set, or the rest of one; return the mean loss over all ranks."""
     model.train()
     total = count = 0.0
-    for step, (images, labels) in enumerate(loader):
+    for images, labels in loader:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(args, epoch + step / len(loader))
+            group["lr"] = learning_rate(args, sampler.epoch + sampler.progress)
         loss = cross_entropy(model(augment(images)), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         total, count = total + loss.item() * len(labels), count + len(labels)
-        progress.step(epoch, step + 1)
+        sampler.record(len(labels))
+        progress.step(sampler)
+        if checkpoints is not None and checkpoints.preempted():
+            checkpoints.leave(steps_done(sampler))
     return mpiddp.mean(total, count)
+
+
+def steps_done(sampler: mpiddp.ShardSampler) -> int:
+    """What checkpoints are numbered by: the samples that all ranks have taken, since ranks may come and go."""
+    return sampler.epoch * sampler.num_samples_total + sampler.consumed
 
 
 def main() -> None:
@@ -189,23 +173,29 @@ def main() -> None:
     model = Net()
     optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
     optimizer = mpiddp.DistributedOptimizer(optimizer, named_parameters=model.named_parameters())
-    first_epoch = load(args.checkpoint, model, optimizer) if args.resume or args.eval_only else 0
-    mpiddp.broadcast_parameters(model.state_dict(), root_rank=0)
-    mpiddp.broadcast_optimizer_state(optimizer, root_rank=0)
-
     train_set, test_set = load_data()
     sampler = mpiddp.ShardSampler(train_set, seed=args.seed)
-    loader = DataLoader(train_set, batch_size=args.batch_size, sampler=sampler)
-    progress = Progress(args.epochs, len(loader))
+    # Its own generator, or each new loader would draw from the one that checkpoints keep.
+    loader = DataLoader(train_set, args.batch_size, sampler=sampler, generator=torch.Generator())
+    torch.manual_seed(args.seed + mpiddp.rank())  # dropout and augmentation: other numbers on each rank
+    checkpoints = None
+    if args.checkpoint is not None:
+        checkpoints = mpiddp.checkpoint.Checkpoints(args.checkpoint, model=model, optimizer=optimizer, sampler=sampler)
+        found = (args.resume or args.eval_only) and checkpoints.restore()
+        if args.eval_only and not found:
+            sys.exit(f"there is no checkpoint in {args.checkpoint}")
+    mpiddp.broadcast_parameters(model.state_dict(), root_rank=0)
+
+    progress = Progress(args.epochs)
     samples, seconds = 0, 0.0
-    for epoch in range(first_epoch, 0 if args.eval_only else args.epochs):
+    for epoch in range(sampler.next_epoch, 0 if args.eval_only else args.epochs):
         sampler.set_epoch(epoch)
         began = time.perf_counter()
-        loss = train_epoch(args, epoch, model, optimizer, loader, progress)
+        loss = train_epoch(args, model, optimizer, loader, sampler, checkpoints, progress)
         samples, seconds = samples + len(sampler) * mpiddp.size(), seconds + time.perf_counter() - began
         progress.line(f"epoch {epoch + 1:3}/{args.epochs}  loss {loss:.4f}")
-        if args.checkpoint is not None:
-            save(args.checkpoint, model, optimizer, epoch + 1)
+        if checkpoints is not None:
+            checkpoints.save(steps_done(sampler))
     if samples:
         progress.line(f"{samples / seconds:.0f} samples/s on {mpiddp.size()} ranks")
     accuracy, loss = evaluate(model, test_set)
@@ -221,8 +211,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--warmup-epochs", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="of torch on each rank: the model is too small for more")
-    parser.add_argument("--checkpoint", type=Path, help="written by rank 0 after each epoch")
-    parser.add_argument("--resume", action="store_true", help="go on from --checkpoint")
+    parser.add_argument("--checkpoint", type=Path, help="a directory, written to after each epoch")
+    parser.add_argument("--resume", action="store_true", help="go on from --checkpoint, if there is one")
     parser.add_argument("--eval-only", action="store_true", help="test what is in --checkpoint, and train nothing")
     args = parser.parse_args()
     if (args.resume or args.eval_only) and args.checkpoint is None:

@@ -139,14 +139,6 @@ def validate(model: GPT, data: torch.Tensor, precision: Precision) -> float:
     return mpiddp.mean(total, count)
 
 
-def save(path: Path, state: dict[str, object]) -> None:
-    """Write the checkpoint on rank 0: under another name first, so that there is always a whole one."""
-    if mpiddp.rank() == 0:
-        scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        torch.save(state, scratch)
-        scratch.replace(path)
-
-
 def say(text: str) -> None:
     if mpiddp.rank() == 0:
         print(text, flush=True)
@@ -161,17 +153,6 @@ def place() -> torch.device:
     cores = os.cpu_count() or 1
     torch.set_num_threads(min(torch.get_num_threads(), max(1, cores // mpiddp.local_size())))
     return torch.device("cpu")
-
-
-def resume(path: Path, model: GPT, optimizer: torch.optim.Optimizer, precision: Precision) -> int:
-    """Read the checkpoint on rank 0, the only one that needs the file; return the step on every rank."""
-    found = torch.load(path, map_location="cpu", weights_only=True) if mpiddp.rank() == 0 else None
-    if found:
-        model.load_state_dict(found["model"])
-        optimizer.load_state_dict(found["optimizer"])
-    step, scale = mpiddp.broadcast_object(found and (found["step"], found["scaler"]))
-    precision.scaler.load_state_dict(scale)
-    return int(step)
 
 
 def train_step(
@@ -209,9 +190,12 @@ def main() -> None:
     model = GPT(args).to(device)
     optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95))
     optimizer = mpiddp.DistributedOptimizer(optimizer, named_parameters=model.named_parameters())
-    first_step = resume(args.checkpoint, model, optimizer, precision) if args.resume else 0
+    checkpoints = None
+    if args.checkpoint is not None:
+        kept = {"model": model, "optimizer": optimizer, "scaler": precision.scaler}
+        checkpoints = mpiddp.checkpoint.Checkpoints(args.checkpoint, **kept)
+    first_step = checkpoints.restore() if args.resume else 0
     mpiddp.broadcast_parameters(model.state_dict(), root_rank=0)
-    mpiddp.broadcast_optimizer_state(optimizer, root_rank=0)
 
     training, validation = read_sources()
     numel = sum(parameter.numel() for parameter in model.parameters())
@@ -220,15 +204,16 @@ def main() -> None:
     for step in range(first_step, args.steps):
         loss = train_step(args, step, model, optimizer, precision, training)
         done = step + 1
+        if checkpoints is not None and checkpoints.preempted():
+            checkpoints.leave(done)
         if done % args.log_every and done != args.steps:
             continue
         mean_loss = mpiddp.mean(loss, 1)
         tokens = (done - first_step) * args.batch_size * args.context * mpiddp.size()
         rate = tokens / (time.perf_counter() - began)
         say(f"step {done:5}/{args.steps}  loss {mean_loss:.3f}  {rate:.0f} tokens/s")
-        if args.checkpoint is not None:
-            states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            save(args.checkpoint, states | {"scaler": precision.scaler.state_dict(), "step": done})
+        if checkpoints is not None:
+            checkpoints.save(done)
     say(f"validation loss {validate(model, validation, precision):.4f} nats a byte")
     if mpiddp.rank() == 0 and args.sample:
         say(f"--- it writes:\n{model.write(PROMPT, args.sample)}\n---")
@@ -248,8 +233,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sample", type=int, default=300, metavar="BYTES", help="what it writes at the end")
     parser.add_argument("--log-every", type=int, default=25, metavar="STEPS")
-    parser.add_argument("--checkpoint", type=Path, help="written by rank 0 with each line of the log")
-    parser.add_argument("--resume", action="store_true", help="go on from --checkpoint")
+    parser.add_argument("--checkpoint", type=Path, help="a directory, written to with each line of the log")
+    parser.add_argument("--resume", action="store_true", help="go on from --checkpoint, if there is one")
     args = parser.parse_args()
     if args.resume and args.checkpoint is None:
         parser.error("--resume needs --checkpoint")

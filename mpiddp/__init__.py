@@ -8,7 +8,7 @@ Start it with ``mpirun -np 8 python train.py``; the names are those of Horovod's
 
 from __future__ import annotations
 
-from . import built, elastic, errors, functions, ops
+from . import built, checkpoint, elastic, errors, functions, ops
 from .built import *
 from .compression import Compression
 from .device import local_device
@@ -52,6 +52,7 @@ __all__ = [
     "SyncBatchNorm",
     "__version__",
     "add_process_set",
+    "checkpoint",
     "cross_rank",
     "cross_size",
     "elastic",

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from . import config, processes
 
-__all__ = ["NodeFacts", "facts", "warnings_for_node"]
+__all__ = ["NodeFacts", "cores", "facts", "warnings_for_node"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,12 @@ def facts() -> NodeFacts:
         allotted_cpus=int(allotted) if allotted.isdigit() else None,
         quota_cpus=_quota(Path("/sys/fs/cgroup/cpu.max")),
     )
+
+
+def cores(cpus: frozenset[int]) -> int:
+    """On how many whole cores of this machine ``cpus`` lie, and a container's quota leaves."""
+    found = len({_core(cpu) for cpu in cpus})
+    return min(found, _quota(Path("/sys/fs/cgroup/cpu.max")) or found)
 
 
 def _core(cpu: int) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -38,6 +39,8 @@ class Config:
     exit_timeout_s: float = 5.0
     timeline: str = ""
     timeline_mark_cycles: bool = False
+    preempt_signal: str = "USR1"
+    requeue: bool = False
     log_level: str = "INFO"
 
     #: Fields that may differ between ranks; all the others are agreed by init().
@@ -145,6 +148,14 @@ def _one_of(*names: str) -> Callable[[str], str]:
     return parse
 
 
+def _signals(text: str) -> str:
+    names = [name.strip().upper().removeprefix("SIG") for name in text.split(",") if name.strip()]
+    for name in names:
+        if f"SIG{name}" not in signal.Signals.__members__ or name in ("KILL", "STOP"):
+            raise ValueError(f"{name} is no signal that a process can receive")
+    return ",".join(names)
+
+
 _LEVELS = {"TRACE": "DEBUG", "FATAL": "CRITICAL"} | {n: n for n in ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")}
 
 
@@ -210,6 +221,13 @@ VARIABLES: tuple[Variable, ...] = (
         "1: mark the rounds of negotiation in the trace",
         (("HOROVOD_TIMELINE_MARK_CYCLES", 1),),
     ),
+    Variable(
+        "MPIDDP_PREEMPT_SIGNAL",
+        "preempt_signal",
+        _signals,
+        "names of signals, with commas between, that announce the end of the job to mpiddp.checkpoint; empty: none",
+    ),
+    Variable("MPIDDP_REQUEUE", "requeue", _boolean, "1: a job that leaves at a signal requeues itself in Slurm"),
     Variable("MPIDDP_LOG_LEVEL", "log_level", _level, "level of the logger", (("HOROVOD_LOG_LEVEL", 1),)),
 )
 

@@ -7,6 +7,7 @@
         +-- NotInitializedError   (also a ValueError)  a call that needs init()
         +-- ConfigError           (also a ValueError)  an unusable setting
         +-- ArgumentError         (also a ValueError)  an argument that cannot be used
+        +-- CheckpointError       a checkpoint that could not be written or read
         +-- LaunchError           the launcher and MPI disagree about the job
         +-- WorkerProcessError    a collective in a child process of a rank
         +-- DuplicateNameError    (also a ValueError)  one name twice in flight
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 __all__ = [
     "ArgumentError",
+    "CheckpointError",
     "CollectiveError",
     "ConfigError",
     "DuplicateNameError",
@@ -47,6 +49,10 @@ class ConfigError(MpiddpError, ValueError):
 
 class ArgumentError(MpiddpError, ValueError):
     """An argument that cannot be used, found on this rank before anything was sent."""
+
+
+class CheckpointError(MpiddpError):
+    """A checkpoint could not be written or read; raised on every rank, and no other checkpoint was touched."""
 
 
 class LaunchError(MpiddpError):

@@ -20,6 +20,10 @@ class ShardSampler(Sampler[int]):
     nothing has to be saved: a resumed run that calls ``set_epoch(e)`` sees what the first run saw. Where all ranks get
     equally many ids, they are those of ``torch.utils.data.DistributedSampler`` with the same arguments.
 
+    To go on in the middle of an epoch, say after each step with :meth:`record` how many samples it took, and keep
+    :meth:`state_dict` in a checkpoint: the place is counted in samples of all ranks, so that another number of ranks
+    shares out exactly what is left.
+
     Args:
         dataset: anything with a length, or the length itself.
         shuffle: draw a new order each epoch; False: ids in their own order.
@@ -56,6 +60,10 @@ class ShardSampler(Sampler[int]):
         self.pad = pad
         self.drop_last = drop_last
         self.epoch = 0
+        #: So many ids of the epoch's order, from its front, have been recorded by all ranks together.
+        self.consumed = 0
+        self._begin = 0  # where the order was last shared out
+        self._is_resumed = False
         self._shard = None if num_replicas is None or rank is None else (num_replicas, rank)
         self._epoch_was_set = False
         self._passes = 0
@@ -84,9 +92,40 @@ class ShardSampler(Sampler[int]):
         return runtime.rank() if self._shard is None else self._shard[1]
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the next pass; call it before each epoch, with the same number on every rank."""
+        """Choose the order of the next pass; call it before each epoch, with the same number on every rank.
+
+        The pass begins at the front; but after :meth:`load_state_dict`, and for the epoch that was loaded, where that
+        was left.
+        """
+        if not (self._is_resumed and int(epoch) == self.epoch):
+            self.consumed = self._begin = 0
+        self._is_resumed = False
         self.epoch = int(epoch)
         self._epoch_was_set = True
+
+    def record(self, count: int) -> None:
+        """A step has taken ``count`` samples on every rank. Counted so, loaders may read ahead."""
+        self.consumed = min(self.num_samples_total, self.consumed + int(count) * self.num_replicas)
+
+    @property
+    def next_epoch(self) -> int:
+        """The epoch to go on with after a checkpoint: the one that was left, or the next if all of it is recorded."""
+        return self.epoch + (self.consumed >= self.num_samples_total > 0)
+
+    @property
+    def progress(self) -> float:
+        """How much of the epoch has been recorded, from 0 to 1."""
+        return self.consumed / max(1, self.num_samples_total)
+
+    def state_dict(self) -> dict[str, int]:
+        """The epoch, and how many samples of it all ranks have taken; the same on every rank."""
+        return {"epoch": self.epoch, "consumed": self.consumed}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go to where :meth:`state_dict` was taken, at whatever number of ranks. ``len()`` is then what is left."""
+        self.epoch = int(state_dict["epoch"])
+        self.consumed = self._begin = int(state_dict["consumed"])
+        self._is_resumed = True
 
     def __iter__(self) -> Iterator[int]:
         self._warn_of_repetition()
@@ -112,12 +151,13 @@ class ShardSampler(Sampler[int]):
 
     def _places(self) -> range:
         """Our places in the order; those beyond its end stand for the front again."""
-        total, size = self.num_samples_total, self.num_replicas
+        size, begin = self.num_replicas, self._begin
+        left = max(0, self.num_samples_total - begin)
         if self.drop_last:
-            total = total // size * size
+            left = left // size * size
         elif self.pad:
-            total = -(-total // size) * size
-        return range(self.rank, total, size)
+            left = -(-left // size) * size
+        return range(begin + self.rank, begin + left, size)
 
     def _warn_of_repetition(self) -> None:
         self._passes += 1

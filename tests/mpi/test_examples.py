@@ -19,6 +19,11 @@ SAMPLE = ["--sample", "20"]
 needs_sklearn = pytest.mark.skipif(importlib.util.find_spec("sklearn") is None, reason="needs scikit-learn")
 
 
+def state_of(directory):
+    """What the latest checkpoint in a directory holds."""
+    return torch.load(max(directory.glob("step-*")) / "state.pt", weights_only=True)
+
+
 def accuracy_line(stdout: str) -> str:
     lines = [line for line in stdout.splitlines() if line.startswith("test accuracy")]
     assert len(lines) == 1, stdout
@@ -71,31 +76,31 @@ def test_digits_reaches_the_accuracy_at_any_size(mpirun, n):
 @pytest.mark.slow
 @needs_sklearn
 def test_digits_tests_one_checkpoint_alike_at_any_size(mpirun, tmp_path):
-    checkpoint = tmp_path / "digits.pt"
+    checkpoint = tmp_path / "digits"
     trained = accuracy_line(mpirun([DIGITS, "--epochs", "2", "--checkpoint", checkpoint], 2).stdout)
     for n in (0, 1, 3, 4):
         done = mpirun([DIGITS, "--checkpoint", checkpoint, "--eval-only"], n)
         assert accuracy_line(done.stdout) == trained
         assert "epoch" not in done.stdout
-    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["digits.pt"]
+    assert len(list(checkpoint.iterdir())) == 2, "one after each epoch, and nothing else"
 
 
 @pytest.mark.slow
 @needs_sklearn
 def test_digits_killed_and_resumed_ends_where_it_would_have(mpirun, tmp_path):
-    straight, broken = tmp_path / "straight.pt", tmp_path / "broken.pt"
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
     mpirun([DIGITS, "--epochs", "5", "--checkpoint", straight], 2)
     job = mpirun.start([DIGITS, "--epochs", "5", "--checkpoint", broken], 2)
     deadline = time.monotonic() + 60
-    while not broken.exists() and time.monotonic() < deadline:
+    while not list(broken.glob("step-*")) and time.monotonic() < deadline:
         time.sleep(0.02)
     job.kill()
-    stopped_at = torch.load(broken, weights_only=True)["epoch"]
+    stopped_at = state_of(broken)["state"]["sampler"]["epoch"] + 1
     done = mpirun([DIGITS, "--epochs", "5", "--checkpoint", broken, "--resume"], 2)
     resumed = re.findall(r"^epoch +(\d)/5", done.stdout, re.MULTILINE)
     assert resumed == [str(epoch) for epoch in range(stopped_at + 1, 6)]
-    one, other = (torch.load(path, weights_only=True) for path in (straight, broken))
-    assert one["epoch"] == other["epoch"] == 5
+    one, other = (state_of(path)["state"] for path in (straight, broken))
+    assert one["sampler"] == other["sampler"] == {"epoch": 4, "consumed": 1437}
     for name, tensor in one["model"].items():
         assert torch.equal(tensor, other["model"][name]), name
 
@@ -117,10 +122,10 @@ def test_gpt(mpirun, amp):
 
 @pytest.mark.slow
 def test_gpt_alone_and_resumed_at_another_size(mpirun, tmp_path):
-    checkpoint = tmp_path / "gpt.pt"
+    checkpoint = tmp_path / "gpt"
     mpirun([GPT, *SMALL_GPT, "--checkpoint", checkpoint, "--sample", "0"], 0)
-    assert torch.load(checkpoint, weights_only=True)["step"] == 6
+    assert state_of(checkpoint)["step"] == 6
     arguments = [*SMALL_GPT, "--checkpoint", checkpoint, "--sample", "0", "--resume", "--steps", "8"]
     done = mpirun([GPT, *arguments], 2)
     assert re.findall(r"^step +(\d)/8", done.stdout, re.MULTILINE) == ["8"]
-    assert torch.load(checkpoint, weights_only=True)["step"] == 8
+    assert state_of(checkpoint)["step"] == 8

@@ -24,7 +24,7 @@ LAYERS = (
     {"runtime"},
     {"built", "device", "ops", "recording"},
     {"optimizer", "functions", "metrics", "sampler", "sync_batch_norm", "backend"},
-    {"elastic"},
+    {"checkpoint", "elastic"},
     {"__init__", "cli"},
     {"__main__", "torch"},
     {"as_horovod"},

@@ -150,3 +150,58 @@ def test_repr():
     sampler = ShardSampler(10, seed=3, pad=False, num_replicas=2, rank=1)
     sampler.set_epoch(4)
     assert repr(sampler) == "<ShardSampler of 10 samples, shard 1 of 2, every id once, shuffled by seed 3, epoch 4>"
+
+
+# -- going on in the middle of an epoch ----------------------------------------------------------------------------
+
+
+def resumed(size: int, place: dict[str, int] | None = None, total: int = 50, **options: bool) -> list[ShardSampler]:
+    """One sampler a rank, in epoch 2, or where ``place`` says."""
+    samplers = [ShardSampler(total, num_replicas=size, rank=rank, **options) for rank in range(size)]
+    for sampler in samplers:
+        if place is not None:
+            sampler.load_state_dict(place)
+        sampler.set_epoch(2)
+    return samplers
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 3), (2, 2), (3, 4), (4, 1)])
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_another_number_of_ranks_takes_exactly_what_is_left(before: int, after: int, steps: int) -> None:
+    batch, taken = 4, []
+    first = resumed(before, pad=False)
+    for sampler in first:
+        for _ in range(steps):
+            sampler.record(batch)
+        taken += list(sampler)[: steps * batch]
+        assert len(sampler) == len(list(sampler)), "what a pass yields does not change in the midst of it"
+    places = [sampler.state_dict() for sampler in first]
+    assert places == [{"epoch": 2, "consumed": steps * batch * before}] * before
+    second = resumed(after, places[0], pad=False)
+    left = [index for sampler in second for index in sampler]
+    assert sorted(taken + left) == list(range(50))
+    assert second[0].next_epoch == 2 and second[0].progress == steps * batch * before / 50
+    for sampler in second:
+        sampler.set_epoch(3)
+        assert sampler.consumed == 0
+    assert sorted(index for sampler in second for index in sampler) == list(range(50))
+
+
+def test_padding_and_dropping_apply_to_what_is_left() -> None:
+    place = {"epoch": 2, "consumed": 33}  # of 50: 17 are left
+    assert [len(list(sampler)) for sampler in resumed(4, place)] == [5] * 4
+    assert [len(list(sampler)) for sampler in resumed(4, place, drop_last=True)] == [4] * 4
+    whole = {index for sampler in resumed(4) for index in list(sampler)}
+    assert whole == set(range(50))
+
+
+def test_an_epoch_that_was_recorded_to_its_end_is_not_begun_again() -> None:
+    (sampler,) = resumed(1)
+    for _ in range(13):
+        sampler.record(4)  # the last one is short, or padded
+    place = sampler.state_dict()
+    assert place == {"epoch": 2, "consumed": 50}
+    (other,) = resumed(1, place)
+    assert other.next_epoch == 3 and list(other) == []
+    other.set_epoch(2)
+    assert len(other) == 50, "on purpose once more"

@@ -16,6 +16,7 @@ from ..options import Options
 from ..wrapped import Wrapped, become
 from .gradient import ShardedGradient
 from .norm import clip_factor, total_norm
+from .parts import Part
 from .reducer import ShardedReducer
 
 __all__ = ["wrap_sharded"]
@@ -157,6 +158,18 @@ class _Sharded(Wrapped):
             whole.update({params[index]: state for index, state in found.items()})
         is_receiver = to is None or to == self._mpiddp_ranks[reducer.lane.link.rank]
         self._mpiddp_whole, self._mpiddp_whole_on = (whole if is_receiver else None), to
+
+    def _mpiddp_parts(self) -> list[Part] | None:
+        """What this rank holds of the state in pieces; None where no rank does."""
+        reducer = self._mpiddp_reducer
+        if not reducer.has_state_in_pieces():
+            return None
+        return reducer.update.parts(reducer.layout, reducer.gradients.names)
+
+    def _mpiddp_rest(self) -> dict[str, Any]:
+        """:meth:`state_dict` of what every rank holds, the groups among it."""
+        rest: dict[str, Any] = super().state_dict()  # type: ignore[misc]
+        return rest
 
     def state_dict(self) -> dict[str, Any]:
         """The whole state in torch's usual form, where :meth:`consolidate_state_dict` has brought it.

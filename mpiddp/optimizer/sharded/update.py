@@ -11,6 +11,7 @@ import torch
 from ...collectives.base import chunk_bounds
 from ...engine import Engine, Lane
 from .flat import ShardLayout, Weights
+from .parts import Part, parts_of
 from .pieces import BLOCK_NUMEL, Piece, State, cut, split
 from .state import make_whole
 from .support import fused_class
@@ -42,9 +43,15 @@ class Update:
 
     def make_whole(self, layout: ShardLayout, to: int | None) -> dict[int, State]:
         """The whole states of all parameters in ``layout`` by index, on member ``to`` or on all. Collective."""
+        return make_whole(self._engine, self._lane, layout.buckets, self._owned(), to)
+
+    def parts(self, layout: ShardLayout, names: Sequence[str]) -> list[Part]:
+        """What this rank holds of the state, parameter by parameter."""
+        return list(parts_of(layout.buckets, self._owned(), names))
+
+    def _owned(self) -> list[list[tuple[Piece, State]]]:
         state = self._inner.state
-        owned = [[(piece, state.get(piece.weights, {})) for piece in pieces] for pieces in self._pieces or ()]
-        return make_whole(self._engine, self._lane, layout.buckets, owned, to)
+        return [[(piece, state.get(piece.weights, {})) for piece in pieces] for pieces in self._pieces or ()]
 
     def relieve(self, outer: Any, params: Sequence[torch.Tensor], layout: ShardLayout) -> None:
         """Put the whole state back to ``outer``, on every rank: the layout is about to change. Collective."""

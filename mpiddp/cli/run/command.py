@@ -1,0 +1,122 @@
+"""The launcher's command line, from what is asked for and what is known of this machine. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from .launchers import Launcher
+
+__all__ = ["Job", "Machine", "command_line"]
+
+#: What every rank should know, wherever it runs; more by ``-x``.
+_PASSED_PREFIX = "MPIDDP_"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is asked for. ``hosts`` are ``a:4,b:4``; ``cpus`` the cores of a rank, None: as many as there are.
+    ``passed`` are ``NAME`` or ``NAME=VALUE``, ``more`` the launcher's own arguments."""
+
+    ranks: int
+    program: Sequence[str]
+    hosts: str = ""
+    hostfile: str = ""
+    cpus: int | None = None
+    passed: Sequence[str] = ()
+    more: Sequence[str] = ()
+    mpi: str = "pmix"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What is known here: the cores that this host's ranks may use, whether we are root, and the environment."""
+
+    cores: int
+    is_root: bool
+    environ: Mapping[str, str]
+
+
+def command_line(launcher: Launcher, job: Job, machine: Machine) -> list[str]:
+    """The whole command, to be executed as it is."""
+    dialects = {"open mpi": _open_mpi, "mpich": _hydra, "intel mpi": _hydra, "slurm": _srun}
+    return [launcher.path, *dialects[launcher.kind](launcher, job, machine), *job.more, *job.program]
+
+
+def _cpus(job: Job, machine: Machine) -> int | None:
+    """The cores of each rank: as asked for, as Slurm has it, or all there are; None: unknown, or too few for one each.
+
+    The cores of other hosts are not known here.
+    """
+    if job.cpus is not None:
+        return job.cpus
+    allotted = machine.environ.get("SLURM_CPUS_PER_TASK", "")
+    if allotted.isdigit():
+        return int(allotted)
+    if job.hosts or job.hostfile or "SLURM_JOB_ID" in machine.environ:
+        return None
+    return machine.cores // job.ranks or None
+
+
+def _is_crowded(job: Job, machine: Machine) -> bool:
+    """More ranks than cores: they must give way to each other."""
+    elsewhere = job.hosts or job.hostfile or "SLURM_JOB_ID" in machine.environ
+    return not elsewhere and job.ranks > machine.cores
+
+
+def _passed(job: Job, machine: Machine, cpus: int | None) -> dict[str, str | None]:
+    """Variables for the ranks, with their values where they are not those that we have."""
+    passed: dict[str, str | None] = {name: None for name in sorted(machine.environ) if name.startswith(_PASSED_PREFIX)}
+    if "OMP_NUM_THREADS" in machine.environ:
+        passed["OMP_NUM_THREADS"] = None
+    elif cpus is not None or _is_crowded(job, machine):
+        passed["OMP_NUM_THREADS"] = str(cpus or 1)  # or every rank starts a thread for every core
+    for item in job.passed:
+        name, equals, value = item.partition("=")
+        passed[name] = value if equals else None
+    return passed
+
+
+def _open_mpi(launcher: Launcher, job: Job, machine: Machine) -> list[str]:
+    words = ["--allow-run-as-root"] if machine.is_root else []
+    words += ["-np", str(job.ranks)]
+    words += ["--host", job.hosts] if job.hosts else []
+    words += ["--hostfile", job.hostfile] if job.hostfile else []
+    cpus, crowded = _cpus(job, machine), _is_crowded(job, machine)
+    words += ["--oversubscribe"] if crowded else []
+    # Without a word on binding, one or two ranks get a single core each.
+    words += ["--bind-to", "none"] if cpus is None else ["--map-by", f"slot:PE={cpus}", "--bind-to", "core"]
+    # As launch/settings.py sets them; but here they are seen, and hold before Python starts.
+    wanted = {"btl_tcp_links": "2"} | ({"mpi_yield_when_idle": "1"} if crowded else {})
+    for name, value in wanted.items():
+        if f"OMPI_MCA_{name}" not in machine.environ:
+            words += ["--mca", name, value]
+    for name, given in _passed(job, machine, cpus).items():
+        words += ["-x", name if given is None else f"{name}={given}"]
+    return words
+
+
+def _hydra(launcher: Launcher, job: Job, machine: Machine) -> list[str]:
+    words = ["-n", str(job.ranks)]
+    words += ["-hosts", job.hosts] if job.hosts else []
+    words += ["-f", job.hostfile] if job.hostfile else []
+    cpus = _cpus(job, machine)
+    if launcher.kind == "intel mpi":
+        words += ["-genv", "I_MPI_PIN", "0"] if cpus is None else ["-genv", "I_MPI_PIN_DOMAIN", str(cpus)]
+    else:
+        words += ["-bind-to", "none" if cpus is None else f"core:{cpus}"]
+    for name, given in _passed(job, machine, cpus).items():
+        if given is not None:  # hydra hands on what we have by itself
+            words += ["-genv", name, given]
+    return words
+
+
+def _srun(launcher: Launcher, job: Job, machine: Machine) -> list[str]:
+    words = ["-n", str(job.ranks), f"--mpi={job.mpi}"]
+    if job.hosts:
+        words.append(f"--nodelist={','.join(host.partition(':')[0] for host in job.hosts.split(','))}")
+    cpus = _cpus(job, machine)
+    # srun does not take --cpus-per-task over from sbatch.
+    words += ["--cpu-bind=none"] if cpus is None else [f"--cpus-per-task={cpus}", "--cpu-bind=cores"]
+    given = [f"{name}={value}" for name, value in _passed(job, machine, cpus).items() if value is not None]
+    return [*words, f"--export=ALL,{','.join(given)}"] if given else words

@@ -1,0 +1,196 @@
+"""`mpiddp run` and `mpiddp slurm`: the commands and scripts that they make. Nothing is started."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mpiddp.cli import main
+from mpiddp.cli.run import arguments, launchers
+from mpiddp.cli.run.command import Job, Machine, command_line
+from mpiddp.cli.run.launchers import Launcher
+
+OPEN_MPI = Launcher("/m/mpirun", "open mpi", 5)
+PROGRAM = ["/p/python", "train.py"]
+
+
+def line(launcher: Launcher, job: Job, cores: int = 8, root: bool = False, **environ: str) -> str:
+    words = command_line(launcher, job, Machine(cores, root, environ))
+    assert words[-len(job.program) :] == list(job.program)
+    return " ".join(words[: -len(job.program)])
+
+
+def test_open_mpi() -> None:
+    assert line(OPEN_MPI, Job(2, PROGRAM)) == (
+        "/m/mpirun -np 2 --map-by slot:PE=4 --bind-to core --mca btl_tcp_links 2 -x OMP_NUM_THREADS=4"
+    )
+    crowd = line(OPEN_MPI, Job(9, PROGRAM), root=True, OMP_NUM_THREADS="3")
+    assert crowd == (
+        "/m/mpirun --allow-run-as-root -np 9 --oversubscribe --bind-to none --mca btl_tcp_links 2 "
+        "--mca mpi_yield_when_idle 1 -x OMP_NUM_THREADS"
+    )
+    chosen = line(OPEN_MPI, Job(8, PROGRAM, more=["--tag-output"]), OMPI_MCA_btl_tcp_links="4")
+    assert "btl_tcp_links" not in chosen and chosen.endswith("OMP_NUM_THREADS=1 --tag-output")
+
+
+def test_open_mpi_on_hosts_of_which_nothing_is_known() -> None:
+    job = Job(16, PROGRAM, hosts="a:8,b:8", passed=["DATA=/d", "TOKEN"])
+    assert line(OPEN_MPI, job, MPIDDP_BUCKET_MB="5", HOROVOD_X="1") == (
+        "/m/mpirun -np 16 --host a:8,b:8 --bind-to none --mca btl_tcp_links 2 -x MPIDDP_BUCKET_MB -x DATA=/d -x TOKEN"
+    )
+    known = line(OPEN_MPI, Job(16, PROGRAM, hostfile="hosts", cpus=6))
+    assert "--hostfile hosts --map-by slot:PE=6 --bind-to core" in known and "OMP_NUM_THREADS=6" in known
+
+
+def test_in_a_slurm_job() -> None:
+    inside = line(OPEN_MPI, Job(16, PROGRAM), SLURM_JOB_ID="1", SLURM_CPUS_PER_TASK="3")
+    assert "slot:PE=3" in inside and "oversubscribe" not in inside
+    assert "--bind-to none" in line(OPEN_MPI, Job(16, PROGRAM), SLURM_JOB_ID="1")
+    srun = Launcher("/s/srun", "slurm")
+    assert line(srun, Job(4, PROGRAM, cpus=2, hosts="a:2,b:2")) == (
+        "/s/srun -n 4 --mpi=pmix --nodelist=a,b --cpus-per-task=2 --cpu-bind=cores --export=ALL,OMP_NUM_THREADS=2"
+    )
+    assert line(srun, Job(4, PROGRAM, mpi="pmi2"), SLURM_JOB_ID="1") == "/s/srun -n 4 --mpi=pmi2 --cpu-bind=none"
+
+
+def test_mpich_and_intel_mpi() -> None:
+    mpich = Launcher("/m/mpiexec", "mpich", 5)
+    assert line(mpich, Job(2, PROGRAM)) == "/m/mpiexec -n 2 -bind-to core:4 -genv OMP_NUM_THREADS 4"
+    assert line(mpich, Job(4, PROGRAM, hosts="a:2,b:2", passed=["A=1", "B"])) == (
+        "/m/mpiexec -n 4 -hosts a:2,b:2 -bind-to none -genv A 1"
+    )
+    assert line(mpich, Job(9, PROGRAM, hostfile="f"), MPIDDP_X="1") == "/m/mpiexec -n 9 -f f -bind-to none"
+    intel = Launcher("/m/mpiexec", "intel mpi", 2021)
+    assert "-genv I_MPI_PIN_DOMAIN 4" in line(intel, Job(2, PROGRAM)) and "I_MPI_PIN 0" in line(intel, Job(9, PROGRAM))
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "major"),
+    [
+        ("mpirun (Open MPI) 5.0.11\n\nReport bugs to", "open mpi", 5),
+        ("mpirun (Open MPI) 4.1.4", "open mpi", 4),
+        ("HYDRA build details:\n    Version:           5.0.2\n", "mpich", 5),
+        ("Intel(R) MPI Library for Linux* OS, Version 2021.9 Build", "intel mpi", 2021),
+    ],
+)
+def test_what_launchers_say_of_themselves(text: str, kind: str, major: int) -> None:
+    assert launchers.from_version("/m", text) == Launcher("/m", kind, major)
+    assert launchers.from_version("/m", "slurm 22.05") is None
+
+
+def executable(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_the_launcher_beside_python_goes_first(tmp_path: Path) -> None:
+    one = executable(tmp_path / "venv" / "bin" / "mpirun", "echo 'mpirun (Open MPI) 5.0.1'")
+    other = executable(tmp_path / "site" / "mpiexec", "echo 'HYDRA build details: Version: 4.2'")
+    path = {"PATH": str(other.parent)}
+    assert launchers.find("auto", path, tmp_path / "venv") == Launcher(str(one), "open mpi", 5)
+    assert launchers.find("mpirun", path, tmp_path) == Launcher(str(other), "mpich", 4)
+    executable(other, "echo some mpiexec of somebody")
+    assert f"{other} is of no MPI that is known here" in str(launchers.find("auto", path, tmp_path))
+    srun = executable(tmp_path / "site" / "srun", "")
+    assert launchers.find("auto", {**path, "SLURM_JOB_ID": "1"}, tmp_path) == Launcher(str(srun), "slurm")
+    assert launchers.find("srun", {"PATH": ""}, tmp_path) == "no srun on PATH"
+
+
+def test_run_prints_the_command_and_becomes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(arguments, "find", lambda *_: OPEN_MPI)
+    executed: list[Any] = []
+    monkeypatch.setattr(arguments.os, "execv", lambda path, words: executed.append((path, words)))
+    assert main(["run", "-np", "2", "--cpus-per-rank", "1", "train.py", "--epochs", "3"]) == 0
+    path, words = executed[0]
+    assert path == words[0] == "/m/mpirun" and words[-4:] == [sys.executable, "train.py", "--epochs", "3"]
+    assert capsys.readouterr().err.strip() == " ".join(words)
+    assert main(["run", "-np", "2", "--dry-run", "--", "sh", "-c", "true"]) == 0
+    assert len(executed) == 1 and capsys.readouterr().out.strip().endswith("/sh -c true")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["run", "-np", "2"], "no program"),
+        (["run", "-np", "0", "x"], "must be at least 1"),
+        (["run", "-np", "2", "-H", "a:1", "--hostfile", "f", "x"], "not allowed with"),
+        (["slurm"], "no program"),
+        (["slurm", "--nodes", "0", "x"], "must be at least 1"),
+        (["slurm", "--launcher", "mpirun", "--signal", "TERM", "x"], "hands on only USR1 and USR2"),
+        (["slurm", "--signal", "", "--requeue", "x"], "--requeue needs a --signal"),
+    ],
+)
+def test_wrong_arguments(capsys: pytest.CaptureFixture[str], words: list[str], said: str) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == 2 and said in capsys.readouterr().err
+
+
+def printed(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert main(["slurm", *words]) == 0
+    text = capsys.readouterr().out
+    assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
+    return text
+
+
+def test_a_script_with_srun(capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(
+        capsys, "--nodes", "2", "--gpus-per-node", "4", "--cpus-per-rank", "8", "--requeue", "--array", "0-9",
+        "--sbatch", "partition=gpu", "--module", "openmpi/5", "python", "dir/train.py", "--name", "a b",
+    )  # fmt: skip
+    options = [word.removeprefix("#SBATCH --") for word in text.splitlines() if word.startswith("#SBATCH")]
+    assert options == [
+        "job-name=train", "nodes=2", "ntasks-per-node=4", "cpus-per-task=8", "gpus-per-node=4", "time=01:00:00",
+        "signal=USR1@120", "requeue", "array=0-9", "output=%x-%A_%a.out", "open-mode=append", "partition=gpu",
+    ]  # fmt: skip
+    assert 'srun --mpi=pmix --cpus-per-task="$SLURM_CPUS_PER_TASK" --cpu-bind=cores \\\n    python dir/train.py' in text
+    assert "'a b'" in text and "module load openmpi/5" in text and "export MPIDDP_REQUEUE=1" in text
+
+
+STAND_IN = """
+import os, signal, sys, time
+signal.signal(signal.SIGUSR1, lambda *_: (print("told", flush=True), sys.exit(5)))
+open("ready", "w").close()
+time.sleep(60)
+"""
+
+
+def test_a_script_with_mpirun_hands_the_signal_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The shell is signalled, as Slurm does it; what it started ends with 5, and so does the shell."""
+    text = printed(capsys, "--launcher", "mpirun", "--signal", "SIGUSR1", "--seconds-before", "60", "python", "x.py")
+    assert "#SBATCH --signal=B:USR1@60" in text and "-x MPIDDP_PREEMPT_SIGNAL" in text
+    executable(tmp_path / "mpirun", f"exec {sys.executable} stand_in.py")
+    (tmp_path / "stand_in.py").write_text(STAND_IN)
+    environ = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_CPUS_PER_TASK": "1"}
+    shell = subprocess.Popen(["bash", "-c", text], cwd=tmp_path, env=environ, stdout=subprocess.PIPE, text=True)
+    try:
+        while not (tmp_path / "ready").exists():
+            assert shell.poll() is None
+        shell.send_signal(10)
+        assert shell.communicate(timeout=20)[0] == "told\n" and shell.returncode == 5
+    finally:
+        shell.kill()
+
+
+def test_a_script_without_a_signal_is_plain(capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(capsys, "--launcher", "mpirun", "--signal", "", "python", "x.py")
+    assert "trap" not in text and "MPIDDP" not in text and text.endswith("-x OMP_NUM_THREADS \\\n    python x.py\n")
+
+
+@pytest.mark.parametrize("launcher", ["srun", "mpirun"])
+def test_the_examples_are_what_is_printed(capsys: pytest.CaptureFixture[str], launcher: str) -> None:
+    text = (Path(__file__).parents[2] / "examples" / "slurm" / f"{launcher}.sbatch").read_text()
+    note = text[text.index("\n#\n# Submit") : text.index("\n\nset -e")]
+    command = shlex.split(note.partition("Printed by\n")[2].replace("# ", "").replace("\\\n", ""))
+    assert command[:2] == ["mpiddp", "slurm"]
+    assert printed(capsys, *command[2:]) == text.replace(note, "")
