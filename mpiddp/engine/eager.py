@@ -21,7 +21,7 @@ __all__ = ["KINDS", "answer", "content", "receive", "worthwhile"]
 
 KINDS = frozenset({Kind.ALLREDUCE, Kind.BROADCAST, Kind.ALLGATHER, Kind.BARRIER})
 
-#: Up to here one round trip through the coordinator beats a negotiation followed by an exchange: through a node's memory
+#: Up to here one round trip through the coordinator beats a negotiation and an exchange: through a node's memory
 #: (32 KiB at 2 ranks: 33 us, 42 after a negotiation; 64 KiB at 4: 145 and 290) and between nodes.
 _NODE_NBYTES, _NBYTES = 64 << 10, 16 << 10
 
