@@ -223,7 +223,7 @@ def test_ranks_that_are_new_draw_numbers_of_their_own() -> None:
 @pytest.fixture
 def handlers() -> Any:
     """Puts the handlers back."""
-    numbers = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
     before = {number: signal.getsignal(number) for number in numbers}
     yield
     for number, handler in before.items():
