@@ -34,6 +34,7 @@ class Config:
     progress_interval_ms: float = 5.0
     stall_warn_s: float = 60.0
     stall_abort_s: float = 0.0
+    init_timeout_s: float = 60.0
     exit_timeout_s: float = 5.0
     timeline: str = ""
     timeline_mark_cycles: bool = False
@@ -193,6 +194,12 @@ VARIABLES: tuple[Variable, ...] = (
         _number(0, 1e9),
         "end the job when something waits longer than this, in s; 0: never",
         (("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", 1),),
+    ),
+    Variable(
+        "MPIDDP_INIT_TIMEOUT_S",
+        "init_timeout_s",
+        _number(0, 1e9),
+        "end the job when init() hears nothing of the other ranks for so long after MPI has started, in s; 0: never",
     ),
     Variable("MPIDDP_EXIT_TIMEOUT_S", "exit_timeout_s", _number(0, 1e9), "bound on waiting for peers at exit, in s"),
     Variable("MPIDDP_TIMELINE", "timeline", str, "write a Chrome trace to this file", (("HOROVOD_TIMELINE", 1),)),
