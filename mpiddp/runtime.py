@@ -115,6 +115,8 @@ def init(
     _say(world, prepared.lost, started.kind)
     engine = Engine(world.thread_level, settings.progress_interval_ms / 1000, failure.act_on_pending)
     engine.observe(Presence.on_node(world.node_comm, world.rank), settings.stall_warn_s, settings.stall_abort_s)
+    if max(world.nodes) > 0:
+        engine.span_hosts()
     memory = NodeMemory.over(world.node_comm)
     channel = open_channel(world.comm, range(world.size), world, settings, memory)
     engine.add(channel)

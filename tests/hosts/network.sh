@@ -17,7 +17,6 @@ become_host() {
         mount -t sysfs "$1" /sys && mount --move "$directory/cgroup" /sys/fs/cgroup
     fi 2>/dev/null
     sysctl -qw net.ipv6.conf.all.disable_ipv6=1 net.ipv6.conf.default.disable_ipv6=1 2>/dev/null
-    sysctl -qw net.ipv4.tcp_congestion_control=reno 2>/dev/null # a link here loses nothing, and bbr paces below its rate
     ip link set lo up
     echo $$ >"$directory/host$2.new" && mv "$directory/host$2.new" "$directory/host$2.pid"
     exec sleep infinity
