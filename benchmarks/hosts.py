@@ -51,6 +51,8 @@ class Case:
         rate = f"{self.mbit:g} Mbit/s" if self.mbit else "unshaped"
         delay = f", {2 * self.delay_us / 1000:g} ms round trip" if self.delay_us else ""
         size = f"{self.nbytes >> 20} MiB" if self.nbytes >= 1 << 20 else f"{self.nbytes >> 10} KiB"
+        if self.kind == "steps":
+            size = "training steps, 8.4 million parameters"
         return f"{self.hosts} hosts x {self.per_host}, {rate}{delay}, {size}"
 
 
@@ -152,11 +154,12 @@ def steps(case: Case, seconds: float, comm: Any) -> dict[str, dict[str, float]]:
 
     inputs = torch.randn(8, 1024)
 
-    def trained(compression: Any) -> Callable[[], object]:
+    def trained(compression: Any = None) -> Callable[[], object]:
         torch.manual_seed(0)
         model = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(8)))
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
-        optimizer = mpiddp.DistributedOptimizer(optimizer, model.named_parameters(), compression=compression)
+        if compression is not None:
+            optimizer = mpiddp.DistributedOptimizer(optimizer, model.named_parameters(), compression=compression)
 
         def step() -> None:
             optimizer.zero_grad()
@@ -165,7 +168,11 @@ def steps(case: Case, seconds: float, comm: Any) -> dict[str, dict[str, float]]:
 
         return step
 
-    runs = {"float32": trained(mpiddp.Compression.none), "bf16": trained(mpiddp.Compression.bf16)}
+    runs = {
+        "float32": trained(mpiddp.Compression.none),
+        "bf16": trained(mpiddp.Compression.bf16),
+        "not exchanged": trained(),
+    }
     return in_turn(runs, seconds, comm)
 
 

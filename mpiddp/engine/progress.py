@@ -29,8 +29,8 @@ _SPINS = 2
 _YIELD_S = 0.02
 _SLEEP_S = 0.0002
 
-#: Where the network is between ranks, nothing is worth a core for longer: what comes meanwhile waits in its buffers, and
-#: a segment that takes longer than this to come is one of a link that the ring fills without it.
+#: Where the network is between ranks, nothing is worth a core for longer: what comes meanwhile waits in its buffers,
+#: and where a segment takes longer than this, a short sleep takes nothing from the link.
 _YIELD_BETWEEN_HOSTS_S = 0.001
 
 #: Who submits pushes, too, when nobody has for so long; what is submitted in between is announced, and fused, together.
