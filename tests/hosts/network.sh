@@ -78,3 +78,6 @@ while read -r command argument rest; do
         esac
     fi </dev/null >"$directory/command.log" 2>&1 && echo ok || echo "failed: $command $argument: $(tr '\n' ' ' <"$directory/command.log")"
 done
+
+# Whoever made the directory may have been killed.
+rm -rf --one-file-system "$directory"

@@ -32,16 +32,19 @@ def test_they_share_nothing_but_a_link(hosts: Any) -> None:
 def test_they_end_with_a_test_that_is_killed(hosts: Any) -> None:
     hosts(1).close()  # or skip
     program = (
-        "import sys, time; from tests.hosts.hosts import Hosts; one = Hosts(1); print(one._keeper.pid, flush=True); "
+        "import time; from tests.hosts.hosts import Hosts; one = Hosts(1); "
+        "print(one._keeper.pid, one.directory, flush=True); "
         "time.sleep(60)"
     )
     holder = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert holder.stdout is not None
-    keeper = os.pidfd_open(int(holder.stdout.readline()))
+    pid, directory = holder.stdout.readline().split()
+    keeper = os.pidfd_open(int(pid))
     os.kill(holder.pid, signal.SIGKILL)
     holder.wait()
     try:
         assert select.select([keeper], [], [], 20)[0], "the namespaces have outlived the process that made them"
+        assert not Path(directory).exists()
     finally:
         os.close(keeper)
 
