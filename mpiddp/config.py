@@ -19,12 +19,19 @@ __all__ = ["VARIABLES", "Config", "Variable", "environ", "export", "ignored_horo
 
 MIB = 1 << 20
 
+#: Buckets within a host, where only the number of exchanges costs; and between hosts, where the network stands still
+#: until the first large one is full, and after the last one has come: a step with 8.4 million parameters, 2 hosts, 1
+#: Gbit/s, bfloat16 on the wire, took 174 ms with buckets of 25 MiB, 160 of 8, 152 of 4, 151 of 2. A ring of many hosts
+#: cuts each into as many chunks.
+_BUCKET_MB = 25.0
+_BUCKET_MB_BETWEEN_HOSTS, _BUCKET_MB_A_HOST = 4.0, 1.0
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """What can be set. Units are in the names; ``agreed`` fields take rank 0's value on every rank."""
 
-    bucket_mb: float = 25.0
+    bucket_mb: float | None = None
     first_bucket_mb: float = 1.0
     fusion_mb: float = 8.0
     heap_mb: float = 64.0
@@ -36,6 +43,7 @@ class Config:
     progress_interval_ms: float = 5.0
     stall_warn_s: float = 60.0
     stall_abort_s: float = 0.0
+    init_timeout_s: float = 60.0
     exit_timeout_s: float = 5.0
     timeline: str = ""
     timeline_mark_cycles: bool = False
@@ -67,10 +75,12 @@ class Config:
             values["stall_warn_s"] = 0.0
         return cls(**values)
 
-    @property
-    def bucket_nbytes(self) -> int:
-        """The size that a gradient bucket is filled up to, in bytes."""
-        return int(self.bucket_mb * MIB)
+    def bucket_nbytes(self, hosts: int) -> int:
+        """The size that a gradient bucket is filled up to, in bytes, for ranks on so many hosts."""
+        if self.bucket_mb is not None:
+            return int(self.bucket_mb * MIB)
+        between = max(_BUCKET_MB_BETWEEN_HOSTS, hosts * _BUCKET_MB_A_HOST)
+        return int(MIB * (_BUCKET_MB if hosts == 1 else min(between, _BUCKET_MB)))
 
     @property
     def first_bucket_nbytes(self) -> int:
@@ -167,7 +177,7 @@ def _level(text: str) -> str:
 
 
 VARIABLES: tuple[Variable, ...] = (
-    Variable("MPIDDP_BUCKET_MB", "bucket_mb", _number(0, 1 << 20), "size of a gradient bucket in MiB"),
+    Variable("MPIDDP_BUCKET_MB", "bucket_mb", _number(0, 1 << 20), "size of a gradient bucket in MiB; unset: to suit"),
     Variable("MPIDDP_FIRST_BUCKET_MB", "first_bucket_mb", _number(0, 1 << 20), "size of the first bucket in MiB"),
     Variable(
         "MPIDDP_FUSION_MB",
@@ -211,6 +221,12 @@ VARIABLES: tuple[Variable, ...] = (
         _number(0, 1e9),
         "end the job when something waits longer than this, in s; 0: never",
         (("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", 1),),
+    ),
+    Variable(
+        "MPIDDP_INIT_TIMEOUT_S",
+        "init_timeout_s",
+        _number(0, 1e9),
+        "end the job when init() hears nothing of the other ranks for so long after MPI has started, in s; 0: never",
     ),
     Variable("MPIDDP_EXIT_TIMEOUT_S", "exit_timeout_s", _number(0, 1e9), "bound on waiting for peers at exit, in s"),
     Variable("MPIDDP_TIMELINE", "timeline", str, "write a Chrome trace to this file", (("HOROVOD_TIMELINE", 1),)),

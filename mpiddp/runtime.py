@@ -24,7 +24,7 @@ from .sets import ProcessSets, open_channel
 from .timeline import Timeline, mark_ranges
 from .transport.probe import Answer, cuda_aware
 from .worker import Topology
-from .world import World, start_mpi
+from .world import World, is_mpi_running, start_mpi
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -103,12 +103,16 @@ def init(
     started = launch.detect(config.environ())
     prepared = launch.before_mpi(settings)
     inquiry = gpus.ask()
+    mpi_ran = is_mpi_running()
     mpi = start_mpi()
     library = mpi.Get_library_version().split("\n")[0].split(",")[0].strip("\0 ")
     launch.check_size(started, mpi.COMM_WORLD.Get_size(), config.environ(), library)
-    world = World.over(comm)
-    log.bind(world.rank, world.host)
-    settings = agreement.agree(world.comm, settings, library)
+    # Where MPI starts here, all ranks have come so far together; else the others may be late.
+    end_job = None if mpi_ran else partial(mpi.COMM_WORLD.Abort, 1)
+    with launch.first_words(settings.init_timeout_s, f"rank {mpi.COMM_WORLD.Get_rank()}", end_job):
+        world = World.over(comm)
+        log.bind(world.rank, world.host)
+        settings = agreement.agree(world.comm, settings, library)
     topology = _topology(world)
     worker.publish(topology)
     launch.after_mpi(config.environ())
@@ -116,6 +120,8 @@ def init(
     gpu, aware, settings = _gpus(world, inquiry, library, settings)
     engine = Engine(world.thread_level, settings.progress_interval_ms / 1000, failure.act_on_pending)
     engine.observe(Presence.on_node(world.node_comm, world.rank), settings.stall_warn_s, settings.stall_abort_s)
+    if max(world.nodes) > 0:
+        engine.span_hosts()
     memory = NodeMemory.over(world.node_comm)
     channel = open_channel(world.comm, range(world.size), world, settings, memory)
     engine.add(channel)

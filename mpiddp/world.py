@@ -7,6 +7,7 @@ host may be seen under several.
 from __future__ import annotations
 
 import socket
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from .errors import LaunchError
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-__all__ = ["THREAD_LEVELS", "World", "start_mpi"]
+__all__ = ["THREAD_LEVELS", "World", "is_mpi_running", "start_mpi"]
 
 #: MPI's thread levels by their value; the standard orders them so.
 THREAD_LEVELS = ("single", "funneled", "serialized", "multiple")
@@ -85,6 +86,12 @@ class World:
             f"World(rank {self.rank} of {self.size}, local {self.local_rank} of {self.local_size}, "
             f"node {self.nodes[self.rank]} of {max(self.nodes) + 1}, MPI threads {self.thread_level})"
         )
+
+
+def is_mpi_running() -> bool:
+    """Whether somebody has started MPI."""
+    mpi = sys.modules.get("mpi4py.MPI")
+    return mpi is not None and mpi.Is_initialized()
 
 
 def start_mpi() -> Any:

@@ -26,6 +26,14 @@ ranks and the job ends with code 0.
   ``job.wait(timeout_s)``, ``job.kill()``.
 - ``mpirun.flavour`` ("open mpi", "mpich", "intel mpi") and ``mpirun.version`` tell which MPI it is.
 
+**Jobs on several hosts**, each a namespace of this machine with a network of its own (tests/hosts); such a test is
+skipped, with the reason, where they cannot be::
+
+    def test_far_apart(hosts):
+        two = hosts(2, rate_mbit=1000, delay_us=500)  # None and 0 unless given
+        two.tell("cut 2")  # and "heal 2", "rate 100mbit", "run 1 COMMAND"; two.add_bridge("docker0", "172.17.0.1/16")
+        done = hosts.run(two, what, 2, env={"MPIDDP_X": "1"})  # two ranks on each host; set on the first host alone
+
 **Slow tests**, which start many jobs of their own, carry ``@pytest.mark.slow`` and run with ``--slow`` alone.
 
 **Tests on GPUs** carry ``@pytest.mark.gpu``; they are skipped, without starting a job, where there is no GPU. All ranks
@@ -46,8 +54,9 @@ from tests.harness import rank
 from tests.harness.fixtures import LAUNCHER, mpirun, ranks_size, shared_path, world
 from tests.harness.launcher import find, rank_of
 from tests.harness.plugin import ImportGuard, ParentPlugin, missing_gpu
+from tests.hosts.fixture import hosts
 
-__all__ = ["mpirun", "ranks_size", "shared_path", "world"]
+__all__ = ["hosts", "mpirun", "ranks_size", "shared_path", "world"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -29,6 +29,10 @@ _SPINS = 2
 _YIELD_S = 0.02
 _SLEEP_S = 0.0002
 
+#: Where the network is between ranks, nothing is worth a core for longer: what comes meanwhile waits in its buffers,
+#: and where a segment takes longer than this, a short sleep takes nothing from the link.
+_YIELD_BETWEEN_HOSTS_S = 0.001
+
 #: Who submits pushes, too, when nobody has for so long; what is submitted in between is announced, and fused, together.
 _SUBMITTING_S = 0.001
 
@@ -46,6 +50,7 @@ class Engine:
         self._thread_level = thread_level
         self._main_thread = threading.get_ident()
         self._after_push = after_push
+        self._yield_s = _YIELD_S
         self._stopped: MpiddpError | None = None
         self.last_push_s = time.monotonic()
         self.presence = Presence.alone()
@@ -58,6 +63,10 @@ class Engine:
         self.presence = presence
         self._stalls = StallCheck(self, presence, warn_s, abort_s)
         self._look_at_s = self._stalls.next_look_s
+
+    def span_hosts(self) -> None:
+        """Some ranks are on other hosts: wait for them without taking a core from whoever computes."""
+        self._yield_s = _YIELD_BETWEEN_HOSTS_S
 
     def add(self, channel: Channel) -> None:
         """Push ``channel`` from now on."""
@@ -228,7 +237,7 @@ class Engine:
                 return False
             if spins == _SPINS:
                 idle_since_s = now
-            if now - idle_since_s < _YIELD_S:
+            if now - idle_since_s < self._yield_s:
                 os.sched_yield()
             else:
                 time.sleep(_SLEEP_S)

@@ -1,14 +1,15 @@
 """What must be decided before MPI starts, and what must be tidied up right after: ``init()`` calls these in this order.
 
 :func:`detect` reads what the launcher says; :func:`before_mpi` sets what Open MPI reads at start-up; then MPI starts;
-:func:`check_size` compares; :func:`foreign_launcher` looks for two MPI installations in one job; :func:`after_mpi`
-takes the launcher's variables out of the environment that child processes inherit. Nothing in here imports MPI or
-torch.
+:func:`check_size` compares; :func:`first_words` bounds the first exchange; :func:`foreign_launcher` looks for two MPI
+installations in one job; :func:`after_mpi` takes the launcher's variables out of the environment that child processes
+inherit. Nothing in here imports MPI or torch.
 """
 
 from __future__ import annotations
 
 from .check import check_size
+from .deadline import first_words
 from .detect import Launch, detect
 from .environment import after_mpi, joins
 from .foreign import foreign_launcher, foreign_launcher_here
@@ -25,6 +26,7 @@ __all__ = [
     "choose_settings",
     "conf_files",
     "detect",
+    "first_words",
     "foreign_launcher",
     "foreign_launcher_here",
     "joins",

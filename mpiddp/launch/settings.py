@@ -1,8 +1,8 @@
 """The settings that Open MPI reads when it starts, chosen from facts that are equal on all ranks.
 
 Ranks that choose another point-to-point layer than their peers abort in MPI_Init. So nothing here depends on a probe, a
-device or an installed package; the one setting that does depend on the node (yield) concerns no peer. Other MPIs ignore
-all of it.
+device or an installed package; what does depend on the node (yield, the interfaces that it leaves out) concerns no
+peer. Other MPIs ignore all of it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import dataclasses
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from .. import config as configuration
@@ -19,6 +19,7 @@ from .. import processes
 from ..config import Config
 from ..errors import ConfigError
 from .detect import Launch, detect
+from .interfaces import Interface, interfaces, leading_nowhere
 from .ucx import load_ucx, mpi_is_wheel, ucx_settings
 
 __all__ = ["Prepared", "before_mpi", "choose_settings", "conf_files"]
@@ -26,6 +27,12 @@ __all__ = ["Prepared", "before_mpi", "choose_settings", "conf_files"]
 _PREFIX = "OMPI_MCA_"
 _CONF_NAME = "openmpi-mca-params.conf"
 _ASSIGNMENT = re.compile(r"^\s*([A-Za-z0-9_]+)\s*=\s*(.*?)\s*$", re.MULTILINE)
+
+#: Without these TCP means nothing. Open MPI's default flags, less PUT: with it the two directions of a link take turns,
+#: because what grants the next piece of one waits behind the data of the other, and a ring or MPI_Allreduce of 32 MiB
+#: between 2 hosts took 290 to 480 ms over 1 Gbit/s in place of 281. Larger pieces then cost less of the CPU, and
+#: several connections a pair carry more where the way is long.
+_TCP = {"btl_tcp_flags": "313", "btl_tcp_max_send_size": str(1 << 20), "btl_tcp_links": "2"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,17 +77,16 @@ def choose_settings(
     launch: Launch,
     node_cpus: int,
     is_wheel: bool = True,
+    node_interfaces: Sequence[Interface] = (),
 ) -> dict[str, str]:
     """The ``OMPI_MCA_*`` variables to set before MPI starts; nothing that the user, the launcher or a file has chosen.
 
     ``files`` are Open MPI's files of parameters, ``node_cpus`` the number of CPUs that this node's ranks may use,
-    ``is_wheel`` whether MPI is the wheel in Python's own environment.
+    ``is_wheel`` whether MPI is the wheel in Python's environment, ``node_interfaces`` those that MPI would find here.
     """
     chosen = _chosen(environ, files)
-    wanted: dict[str, str] = {}
-    # One TCP connection a pair carries its two directions in turns: two of them halved an all-reduce over 1 Gbit/s.
-    # Without TCP it means nothing. The layer itself is left to Open MPI, which knows the fabric: ob1 would lose it.
-    wanted["btl_tcp_links"] = "2"
+    # The layer itself is left to Open MPI, which knows the fabric: ob1 would lose it.
+    wanted = {**_TCP, **_left_out(chosen, node_interfaces)}
     if config.fault_tolerant and _is_open(chosen, "ob1"):
         wanted["pml"] = "ob1"  # the only layer that survives the death of a peer; ucx does not even start with it
     elif config.cuda_aware and is_wheel:
@@ -89,6 +95,14 @@ def choose_settings(
         # A rank that spins keeps its peer from the core: a 4-byte all-reduce took 4 ms without.
         wanted["mpi_yield_when_idle"] = "1"
     return {_PREFIX + name: value for name, value in wanted.items() if name == "pml" or name not in chosen}
+
+
+def _left_out(chosen: Mapping[str, str], node_interfaces: Sequence[Interface]) -> dict[str, str]:
+    """The interfaces that lead to no other host, unless somebody has chosen some; Open MPI takes one of two lists."""
+    names = leading_nowhere(node_interfaces)
+    if not names or any(name in chosen for name in ("btl_tcp_if_include", "btl_tcp_if_exclude")):
+        return {}
+    return {"btl_tcp_if_exclude": ",".join(["127.0.0.1/8", "sppp", *names])}  # the first two are the default
 
 
 def _is_open(chosen: Mapping[str, str], layer: str) -> bool:
@@ -120,8 +134,8 @@ def before_mpi(config: Config) -> Prepared:
             "MPIDDP_CUDA_AWARE=1 needs Open MPI's ucx and MPIDDP_FAULT_TOLERANT=1 needs ob1: unset one of them"
         )
     environ, launch = configuration.environ(), detect(configuration.environ())
-    files, is_wheel = conf_files(environ), mpi_is_wheel(environ)
-    settings = choose_settings(config, environ, files, launch, len(processes.usable_cpus()), is_wheel)
+    files, is_wheel, cpus = conf_files(environ), mpi_is_wheel(environ), len(processes.usable_cpus())
+    settings = choose_settings(config, environ, files, launch, cpus, is_wheel, interfaces())
     running = sys.modules.get("mpi4py.MPI")
     if running is not None and running.Is_initialized():
         return Prepared({}, _what_is_lost(settings, launch, running.get_vendor()[0]))
@@ -135,7 +149,7 @@ def before_mpi(config: Config) -> Prepared:
 def _what_is_lost(settings: Mapping[str, str], launch: Launch, vendor: str) -> str | None:
     """One line for the user, unless nothing is lost: the settings are Open MPI's, and one node needs no TCP."""
     one_node = launch.is_one_node
-    lost = {n: v for n, v in settings.items() if not (one_node and n == _PREFIX + "btl_tcp_links")}
+    lost = {n: v for n, v in settings.items() if not (one_node and n.startswith(_PREFIX + "btl_tcp_"))}
     if not lost or vendor != "Open MPI":
         return None
     return (

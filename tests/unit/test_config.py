@@ -15,7 +15,7 @@ def test_defaults_come_from_an_empty_environment() -> None:
 
 def test_values_are_read() -> None:
     config = Config.from_environ({"MPIDDP_BUCKET_MB": "0.5", "MPIDDP_CUDA_AWARE": "1", "MPIDDP_LOG_LEVEL": "debug"})
-    assert (config.bucket_nbytes, config.cuda_aware, config.log_level) == (1 << 19, True, "DEBUG")
+    assert (config.bucket_nbytes(2), config.cuda_aware, config.log_level) == (1 << 19, True, "DEBUG")
 
 
 def test_an_unknown_setting_is_an_error_that_lists_the_known_ones() -> None:
@@ -47,3 +47,9 @@ def test_differences_are_named_with_their_ranks() -> None:
     reports = [{"torch": "2.13", "MPI": "a"}, *[{"torch": "2.12", "MPI": "a"}] * 3, {"torch": "2.13", "MPI": "a"}]
     assert agreement.compare(reports) == {"torch": "torch is '2.13' on rank 0, '2.12' on ranks 1-3"}
     assert agreement.compare([{"x": 1}] * 4) == {}
+
+
+def test_buckets_are_smaller_between_hosts() -> None:
+    sizes = [Config().bucket_nbytes(hosts) >> 20 for hosts in (1, 2, 4, 8, 100)]
+    assert sizes == [25, 4, 4, 8, 25]
+    assert Config(bucket_mb=3).bucket_nbytes(8) == 3 << 20

@@ -15,7 +15,9 @@ from mpiddp.config import Config
 from mpiddp.errors import ConfigError
 from mpiddp.launch import Launch, choose_settings, mpi_is_wheel
 
-LINKS = {"OMPI_MCA_btl_tcp_links": "2"}
+TCP = {"btl_tcp_flags": "313", "btl_tcp_max_send_size": "1048576", "btl_tcp_links": "2"}
+LINKS = {f"OMPI_MCA_{name}": value for name, value in TCP.items()}
+CHOSEN = dict.fromkeys(LINKS, "4")
 FOUR = Launch("open mpi", 0, 4, 0, 4)
 
 
@@ -70,13 +72,14 @@ def test_which_mpi_is_the_wheel(tmp_path: Path) -> None:
 @pytest.mark.parametrize("asked", [Config(fault_tolerant=True), Config(cuda_aware=True)])
 def test_a_choice_of_the_user_stays(name: str, asked: Config) -> None:
     assert choose(asked, {name: "x"}) == LINKS
-    assert choose(asked, {name: "x", "OMPI_MCA_btl_tcp_links": "4"}) == {}
+    assert choose(asked, {name: "x", **CHOSEN}) == {}
 
 
 def test_a_choice_in_a_file_stays(tmp_path: Path) -> None:
     conf = tmp_path / "openmpi-mca-params.conf"
     conf.write_text("# pml = cm\n  pml = ucx\nbtl_tcp_links=1\n")
-    assert choose(Config(fault_tolerant=True), files=(conf, tmp_path / "none.conf")) == {}
+    left = {name: value for name, value in LINKS.items() if not name.endswith("links")}
+    assert choose(Config(fault_tolerant=True), files=(conf, tmp_path / "none.conf")) == left
     conf.write_text("# pml = cm\n#btl=^openib\n")
     assert choose(Config(fault_tolerant=True), files=(conf,))["OMPI_MCA_pml"] == "ob1"
 
@@ -124,6 +127,7 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in [n for n in os.environ if n.startswith("OMPI_MCA_")]:
         monkeypatch.delenv(name)
     monkeypatch.setattr("mpiddp.launch.settings.conf_files", lambda environ: [])
+    monkeypatch.setattr("mpiddp.launch.settings.interfaces", list)
     monkeypatch.delitem(sys.modules, "mpi4py.MPI", raising=False)
     yield
     os.environ.clear()
