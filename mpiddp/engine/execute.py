@@ -10,6 +10,7 @@ import torch
 from ..collectives import adasum, select, tree
 from ..collectives.base import Bounds, ReduceOp, chunk_bounds
 from ..dtypes import dtype_called
+from ..errors import CollectiveError
 from ..trace import span
 from ..transport.base import Link, Steps
 from .device import How, Over, Start, carried, depart, placed
@@ -30,7 +31,13 @@ def phantom(link: Link, signature: Signature) -> Request:
 
 def exchange(link: Link, ranks: Sequence[int], run: Run, tag: int, segment_nbytes: int) -> Steps:
     """The exchange of a run; when it ends, its requests are done. ``ranks`` are the members' world ranks."""
-    if run.requests[0].passage is None:
+    first = run.requests[0]
+    if first.passage is None:
+        if first.signature.device != "cpu":
+            raise CollectiveError(
+                f"tensor {first.name!r} lies on {first.signature.device!r}; only what lies on the CPU or on CUDA is "
+                "exchanged: move it there first"
+            )
         return _exchange(link, ranks, run, tag, segment_nbytes, _direct)
     passages = [request.passage for request in run.requests if request.passage is not None]
     return carried(passages, lambda: _exchange(link, ranks, run, tag, segment_nbytes, placed))

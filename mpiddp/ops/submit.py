@@ -99,7 +99,8 @@ def submit(
     number used up, where it raises.
     """
     device = tensor.device.type
-    if device != "cpu":
+    is_cuda = device == "cuda"
+    if is_cuda:
         channel.link.ways.devices.refuse_capture(tensor)
     described = (
         kind, tensor.dtype, tensor.shape if shape is None else shape, op, root, prescale, scale, device, group, purpose
@@ -125,7 +126,7 @@ def submit(
         and eagerly.worthwhile(flat.nbytes, channel.link.size, channel.link.node is not None)
     )
     request = Request(key, signature, flat, deliver, answer, extent, eager)
-    if device != "cpu":
+    if is_cuda:
         request.passage = channel.link.ways.devices.depart(flat)
     if isinstance(key, str):
         channel.names[key] = request

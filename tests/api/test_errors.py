@@ -214,3 +214,10 @@ def test_many_mistakes_in_a_row(world: Any) -> None:
         with pytest.raises(world.MismatchError):
             world.allreduce(torch.ones(2 + (world.rank() == number % world.size())), name="again")
     assert world.allreduce(torch.ones(2), name="again", op=world.Sum)[0] == world.size()
+
+
+def test_devices_that_cannot_be_exchanged(world: Any) -> None:
+    """Where all ranks agree on such a device, all are told."""
+    with pytest.raises(world.CollectiveError, match=r"lies on 'meta'; .*CPU or on CUDA"):
+        world.allreduce(torch.ones(3, device="meta"), name="nowhere")
+    assert world.allreduce(torch.ones(1), op=world.Sum).item() == world.size()
