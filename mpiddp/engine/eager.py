@@ -21,9 +21,9 @@ __all__ = ["KINDS", "answer", "content", "receive", "worthwhile"]
 
 KINDS = frozenset({Kind.ALLREDUCE, Kind.BROADCAST, Kind.ALLGATHER, Kind.BARRIER})
 
-#: Up to here one round trip through the coordinator beats a negotiation and an exchange: through a node's memory
-#: (32 KiB at 2 ranks: 33 us, 42 after a negotiation; 64 KiB at 4: 145 and 290) and between nodes.
-_NODE_NBYTES, _NBYTES = 64 << 10, 16 << 10
+#: Up to here one round trip through the coordinator beats a negotiation and an exchange: between nodes, for two ranks
+#: of a node (32 KiB: 33 us, 42 after a negotiation), and for more of them (64 KiB at 4 ranks: 145 and 290).
+_NBYTES, _PAIR_NBYTES, _NODE_NBYTES = 16 << 10, 32 << 10, 64 << 10
 
 #: What the coordinator may have to read for one request, of all members together.
 _TOTAL_NBYTES = 256 << 10
@@ -31,7 +31,8 @@ _TOTAL_NBYTES = 256 << 10
 
 def worthwhile(nbytes: int, size: int, is_shared: bool) -> bool:
     """Whether a request of this size, among so many members, which may share memory, should go this way."""
-    return nbytes <= (_NODE_NBYTES if is_shared else _NBYTES) and nbytes * size <= _TOTAL_NBYTES
+    limit = _NBYTES if not is_shared else _PAIR_NBYTES if size == 2 else _NODE_NBYTES
+    return nbytes <= limit and nbytes * size <= _TOTAL_NBYTES
 
 
 def content(flat: torch.Tensor) -> bytes:
