@@ -13,11 +13,15 @@ from .deadline import first_words
 from .detect import Launch, detect
 from .environment import after_mpi, joins
 from .foreign import foreign_launcher, foreign_launcher_here
-from .settings import Prepared, before_mpi, choose_settings, conf_files
-from .ucx import MPIRUN_FLAGS, mpi_is_wheel
+from .interfaces import Interface, interfaces
+from .settings import TCP, Prepared, before_mpi, choose_settings, conf_files
+from .ucx import MPIRUN_FLAGS, UCX, mpi_is_wheel
 
 __all__ = [
     "MPIRUN_FLAGS",
+    "TCP",
+    "UCX",
+    "Interface",
     "Launch",
     "Prepared",
     "after_mpi",
@@ -29,6 +33,7 @@ __all__ = [
     "first_words",
     "foreign_launcher",
     "foreign_launcher_here",
+    "interfaces",
     "joins",
     "mpi_is_wheel",
 ]

@@ -22,7 +22,7 @@ from .detect import Launch, detect
 from .interfaces import Interface, interfaces, leading_nowhere
 from .ucx import load_ucx, mpi_is_wheel, ucx_settings
 
-__all__ = ["Prepared", "before_mpi", "choose_settings", "conf_files"]
+__all__ = ["TCP", "Prepared", "before_mpi", "choose_settings", "conf_files"]
 
 _PREFIX = "OMPI_MCA_"
 _CONF_NAME = "openmpi-mca-params.conf"
@@ -32,7 +32,7 @@ _ASSIGNMENT = re.compile(r"^\s*([A-Za-z0-9_]+)\s*=\s*(.*?)\s*$", re.MULTILINE)
 #: because what grants the next piece of one waits behind the data of the other, and a ring or MPI_Allreduce of 32 MiB
 #: between 2 hosts took 290 to 480 ms over 1 Gbit/s in place of 281. Larger pieces then cost less of the CPU, and
 #: several connections a pair carry more where the way is long.
-_TCP = {"btl_tcp_flags": "313", "btl_tcp_max_send_size": str(1 << 20), "btl_tcp_links": "2"}
+TCP = {"btl_tcp_flags": "313", "btl_tcp_max_send_size": str(1 << 20), "btl_tcp_links": "2"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,7 @@ def choose_settings(
     """
     chosen = _chosen(environ, files)
     # The layer itself is left to Open MPI, which knows the fabric: ob1 would lose it.
-    wanted = {**_TCP, **_left_out(chosen, node_interfaces)}
+    wanted = {**TCP, **_left_out(chosen, node_interfaces)}
     if config.fault_tolerant and _is_open(chosen, "ob1"):
         wanted["pml"] = "ob1"  # the only layer that survives the death of a peer; ucx does not even start with it
     elif config.cuda_aware and is_wheel:

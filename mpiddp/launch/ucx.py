@@ -15,14 +15,14 @@ from pathlib import Path
 
 from .detect import Launch
 
-__all__ = ["MPIRUN_FLAGS", "load_ucx", "mpi_is_wheel", "ucx_settings"]
+__all__ = ["MPIRUN_FLAGS", "UCX", "load_ucx", "mpi_is_wheel", "ucx_settings"]
 
 #: By default Open MPI lets UCX have neither the transports nor the devices of a node without InfiniBand, and takes
 #: another layer. All three are needed.
-_UCX = {"pml": "ucx", "opal_common_ucx_tls": "any", "opal_common_ucx_devices": "any"}
+UCX = {"pml": "ucx", "opal_common_ucx_tls": "any", "opal_common_ucx_devices": "any"}
 
 #: The same for mpirun's command line, which reaches every host. The variable alone does not.
-MPIRUN_FLAGS = " ".join(f"--mca {name} {value}" for name, value in _UCX.items()) + " -x MPIDDP_CUDA_AWARE=1"
+MPIRUN_FLAGS = " ".join(f"--mca {name} {value}" for name, value in UCX.items()) + " -x MPIDDP_CUDA_AWARE=1"
 
 #: These give each task the environment of the one that started them, on every host. mpirun does not: a setting in the
 #: environment of the first host alone would part the ranks.
@@ -35,9 +35,9 @@ def ucx_settings(launch: Launch, layer: str | None, is_open: bool) -> dict[str, 
     ``layer`` is the point-to-point layer that somebody has chosen, ``is_open`` whether ucx may still be.
     """
     if layer == "ucx":
-        return {name: value for name, value in _UCX.items() if name != "pml"}
+        return {name: value for name, value in UCX.items() if name != "pml"}
     if is_open and (launch.is_one_node or launch.kind in _CARRY_THE_ENVIRONMENT):
-        return dict(_UCX)
+        return dict(UCX)
     return {}
 
 

@@ -18,6 +18,7 @@ from mpiddp.cli.run.launchers import Launcher
 
 OPEN_MPI = Launcher("/m/mpirun", "open mpi", 5)
 PROGRAM = ["/p/python", "train.py"]
+TCP = "--mca btl_tcp_flags 313 --mca btl_tcp_max_send_size 1048576 --mca btl_tcp_links 2"
 
 
 def line(launcher: Launcher, job: Job, cores: int = 8, root: bool = False, **environ: str) -> str:
@@ -28,11 +29,11 @@ def line(launcher: Launcher, job: Job, cores: int = 8, root: bool = False, **env
 
 def test_open_mpi() -> None:
     assert line(OPEN_MPI, Job(2, PROGRAM)) == (
-        "/m/mpirun -np 2 --map-by slot:PE=4 --bind-to core --mca btl_tcp_links 2 -x OMP_NUM_THREADS=4"
+        f"/m/mpirun -np 2 --map-by slot:PE=4 --bind-to core {TCP} -x OMP_NUM_THREADS=4"
     )
     crowd = line(OPEN_MPI, Job(9, PROGRAM), root=True, OMP_NUM_THREADS="3")
     assert crowd == (
-        "/m/mpirun --allow-run-as-root -np 9 --oversubscribe --bind-to none --mca btl_tcp_links 2 "
+        f"/m/mpirun --allow-run-as-root -np 9 --oversubscribe --bind-to none {TCP} "
         "--mca mpi_yield_when_idle 1 -x OMP_NUM_THREADS"
     )
     chosen = line(OPEN_MPI, Job(8, PROGRAM, more=["--tag-output"]), OMPI_MCA_btl_tcp_links="4")
@@ -42,10 +43,29 @@ def test_open_mpi() -> None:
 def test_open_mpi_on_hosts_of_which_nothing_is_known() -> None:
     job = Job(16, PROGRAM, hosts="a:8,b:8", passed=["DATA=/d", "TOKEN"])
     assert line(OPEN_MPI, job, MPIDDP_BUCKET_MB="5", HOROVOD_X="1") == (
-        "/m/mpirun -np 16 --host a:8,b:8 --bind-to none --mca btl_tcp_links 2 -x MPIDDP_BUCKET_MB -x DATA=/d -x TOKEN"
+        f"/m/mpirun -np 16 --host a:8,b:8 --bind-to none {TCP} -x MPIDDP_BUCKET_MB -x DATA=/d -x TOKEN"
     )
     known = line(OPEN_MPI, Job(16, PROGRAM, hostfile="hosts", cpus=6))
     assert "--hostfile hosts --map-by slot:PE=6 --bind-to core" in known and "OMP_NUM_THREADS=6" in known
+
+
+def test_wheels_that_take_gpus_memory() -> None:
+    """By themselves where all ranks are here; elsewhere as the user has it."""
+
+    def takes(job: Job, has_wheels: bool = True, **environ: str) -> bool:
+        words = command_line(OPEN_MPI, job, Machine(8, False, environ, has_wheels))
+        given = (
+            words[words.index("pml") - 1 : words.index("pml") + 2] == ["--mca", "pml", "ucx"]
+            if "pml" in words
+            else False
+        )
+        assert not given or any(word.startswith("MPIDDP_CUDA_AWARE") for word in words)
+        return given
+
+    here, there = Job(2, PROGRAM), Job(2, PROGRAM, hosts="a:1,b:1")
+    assert takes(here) and not takes(here, has_wheels=False) and not takes(there)
+    assert takes(there, MPIDDP_CUDA_AWARE="1") and not takes(here, MPIDDP_CUDA_AWARE="0")
+    assert not takes(here, has_wheels=False, MPIDDP_CUDA_AWARE="1"), "a site's MPI is its own affair"
 
 
 def test_in_a_slurm_job() -> None:

@@ -15,10 +15,10 @@ from mpiddp.cli.doctor import machine, measure
 from mpiddp.cli.doctor.checks import findings
 from mpiddp.cli.doctor.facts import Job, Pair
 from mpiddp.cli.doctor.finding import Finding, exit_code
-from mpiddp.cli.doctor.machine import Fabric, Interface
+from mpiddp.cli.doctor.machine import Fabric
 from mpiddp.cli.doctor.report import as_json, as_text
 from mpiddp.cli.doctor.watch import Watch
-from mpiddp.launch import Launch
+from mpiddp.launch import Interface, Launch
 from mpiddp.transport.probe import Answer
 from tests.unit.recorded_jobs import changed, gpu_rank, job, rank
 

@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import os
 import resource
-import socket
-import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Fabric", "Interface", "Machine", "fabrics", "interfaces", "look"]
+from ...launch import Interface, interfaces
 
-_SIOCGIFADDR = 0x8915
+__all__ = ["Fabric", "Machine", "fabrics", "look"]
+
 _LIMITS = ("NOFILE", "NPROC", "MEMLOCK", "AS", "STACK")
-
-
-@dataclass(frozen=True)
-class Interface:
-    """A network interface that has an IPv4 address; ``is_bridge``: made by software for containers or machines."""
-
-    name: str
-    address: str
-    is_bridge: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,7 +43,7 @@ def look() -> Machine:
     total, free = _space("/dev/shm")
     return Machine(
         limits=_limits(),
-        interfaces=interfaces(),
+        interfaces=tuple(each for each in interfaces() if not each.is_loopback),
         fabrics=fabrics(),
         has_verbs=_loads("libibverbs.so.1"),
         shm_nbytes=total,
@@ -85,25 +74,6 @@ def _loads(library: str) -> bool:
     except OSError:
         return False
     return True
-
-
-def interfaces(net: Path = Path("/sys/class/net")) -> tuple[Interface, ...]:
-    """Those that have an IPv4 address and are not the loopback."""
-    found = []
-    for _, name in socket.if_nameindex():
-        address = _address(name)
-        if address and not address.startswith("127."):
-            found.append(Interface(name, address, (net / name / "bridge").exists()))
-    return tuple(found)
-
-
-def _address(name: str) -> str:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
-        try:
-            reply = fcntl.ioctl(asked.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-        except OSError:
-            return ""  # it has none
-    return socket.inet_ntoa(reply[20:24])
 
 
 def fabrics(sys_class: Path = Path("/sys/class")) -> tuple[Fabric, ...]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ... import binding, config, launch, processes
@@ -26,8 +27,8 @@ Start a program on several ranks: a thin front to mpirun, mpiexec or srun.
 
 It chooses the binding (the cores of this machine are shared out among the ranks; on other hosts say --cpus-per-rank),
 lets ranks give way to each other where there are more of them than cores, hands MPIDDP_* and OMP_NUM_THREADS to every
-host, opens two TCP connections a pair, and allows root. The command is printed, and takes the place of this process:
-its exit code is the launcher's. What mpirun can do beyond that, do with mpirun.
+host, sets what Open MPI's TCP needs, lets its wheel take GPUs' memory where libucx is installed and all ranks are here,
+and allows root. The command is printed, and takes the place of this process: its exit code is the launcher's. What mpirun can do beyond that, do with mpirun.
 """
 
 
@@ -73,12 +74,18 @@ def _run(args: argparse.Namespace) -> int:
         shlex.split(args.launcher_args),
         args.mpi,
     )
-    machine = Machine(binding.cores(processes.usable_cpus()), os.geteuid() == 0, environ)
+    machine = Machine(binding.cores(processes.usable_cpus()), os.geteuid() == 0, environ, _has_cuda_wheels(environ))
     words = command_line(launcher, job, machine)
     print(shlex.join(words), file=sys.stdout if args.dry_run else sys.stderr, flush=True)
     if not args.dry_run:
         os.execv(words[0], words)
     return 0
+
+
+def _has_cuda_wheels(environ: Mapping[str, str]) -> bool:
+    """Whether this host has a GPU, and this Python the wheels of Open MPI and of a UCX that takes its memory."""
+    has_gpu, has_ucx = Path("/dev/nvidiactl").exists(), importlib.util.find_spec("libucx") is not None
+    return has_gpu and has_ucx and launch.mpi_is_wheel(environ)
 
 
 def _program(words: Sequence[str]) -> list[str]:

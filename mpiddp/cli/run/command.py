@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ...launch import TCP, UCX
 from .launchers import Launcher
 
 __all__ = ["Job", "Machine", "command_line"]
@@ -30,11 +31,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Machine:
-    """What is known here: the cores that this host's ranks may use, whether we are root, and the environment."""
+    """What is known here: the cores that this host's ranks may use, whether we are root, the environment, and whether
+    this host has a GPU and the wheels whose MPI takes its memory."""
 
     cores: int
     is_root: bool
     environ: Mapping[str, str]
+    has_cuda_wheels: bool = False
 
 
 def command_line(launcher: Launcher, job: Job, machine: Machine) -> list[str]:
@@ -64,9 +67,19 @@ def _is_crowded(job: Job, machine: Machine) -> bool:
     return not elsewhere and job.ranks > machine.cores
 
 
+def _gives_gpus(job: Job, machine: Machine) -> bool:
+    """Whether MPI is to take GPUs' memory: as the user has it, else where the wheels can and all ranks are here."""
+    wanted = machine.environ.get("MPIDDP_CUDA_AWARE", "")
+    if wanted or not machine.has_cuda_wheels:
+        return machine.has_cuda_wheels and wanted.lower() in ("1", "true", "yes", "on")
+    return not (job.hosts or job.hostfile or "SLURM_JOB_ID" in machine.environ)
+
+
 def _passed(job: Job, machine: Machine, cpus: int | None) -> dict[str, str | None]:
     """Variables for the ranks, with their values where they are not those that we have."""
     passed: dict[str, str | None] = {name: None for name in sorted(machine.environ) if name.startswith(_PASSED_PREFIX)}
+    if "MPIDDP_CUDA_AWARE" not in passed and _gives_gpus(job, machine):
+        passed["MPIDDP_CUDA_AWARE"] = "1"
     if "OMP_NUM_THREADS" in machine.environ:
         passed["OMP_NUM_THREADS"] = None
     elif cpus is not None or _is_crowded(job, machine):
@@ -86,8 +99,8 @@ def _open_mpi(launcher: Launcher, job: Job, machine: Machine) -> list[str]:
     words += ["--oversubscribe"] if crowded else []
     # Without a word on binding, one or two ranks get a single core each.
     words += ["--bind-to", "none"] if cpus is None else ["--map-by", f"slot:PE={cpus}", "--bind-to", "core"]
-    # As launch/settings.py sets them; but here they are seen, and hold before Python starts.
-    wanted = {"btl_tcp_links": "2"} | ({"mpi_yield_when_idle": "1"} if crowded else {})
+    # What init() would set; but here it is seen, holds before Python starts, and reaches every host.
+    wanted = TCP | ({"mpi_yield_when_idle": "1"} if crowded else {}) | (UCX if _gives_gpus(job, machine) else {})
     for name, value in wanted.items():
         if f"OMPI_MCA_{name}" not in machine.environ:
             words += ["--mca", name, value]

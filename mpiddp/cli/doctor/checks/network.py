@@ -6,9 +6,9 @@ import statistics
 from collections.abc import Iterator
 from ipaddress import ip_address, ip_network
 
+from ....launch import Interface
 from ..facts import Facts, Job
 from ..finding import Finding, note, warning
-from ..machine import Interface
 
 __all__ = ["CHECKS"]
 
