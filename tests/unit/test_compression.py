@@ -95,7 +95,7 @@ class Naive:
     """The formula, in one process."""
 
     def __init__(self, size: int, rank: int) -> None:
-        self.q = {i: first_qs([i], torch.empty(m, min(rank, n, m)), 0)[0].double() for i, (n, m) in MATRICES.items()}
+        self.q = {i: first_qs([i], torch.empty(min(rank, n, m), m), 0)[0].double().T for i, (n, m) in MATRICES.items()}
         self.errors = [
             {i: torch.zeros(shape, dtype=torch.float64) for i, shape in MATRICES.items()} for _ in range(size)
         ]

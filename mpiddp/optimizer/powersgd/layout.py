@@ -66,7 +66,7 @@ class PowerLayout(Layout):
                 pitch=-(-rows * cols // align) * align,
                 error=torch.zeros(count, rows, cols, dtype=dtype, device=like.device),
                 p=p[p_at:p_end].view(count, rows, rank),
-                q=q[q_at:q_end].view(count, cols, rank),
+                q=q[q_at:q_end].view(count, rank, cols),
             )
             self._recall(stack)
             stacks.append(stack)

@@ -34,10 +34,10 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _first_q(cols: int, rank: int, seed: int, index: int) -> torch.Tensor:
-    """The Q that parameter ``index`` begins with: cols x rank, the same on every rank of the job."""
+def _first_q(rank: int, cols: int, seed: int, index: int) -> torch.Tensor:
+    """The Q that parameter ``index`` begins with, transposed: the same on every rank of the job."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + index) % (1 << 63))
-    return torch.randn(cols, rank, generator=generator, dtype=torch.float32, device="cpu")
+    return torch.randn(rank, cols, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def orthonormal(p: torch.Tensor) -> torch.Tensor:
@@ -51,7 +51,8 @@ def orthonormal(p: torch.Tensor) -> torch.Tensor:
 class Stack:
     """Matrices of one shape that lie side by side in a bucket, from element ``start`` on, ``pitch`` apart.
 
-    ``error`` is (k, rows, cols), ``p`` is (k, rows, rank), ``q`` is (k, cols, rank). ``p`` and ``q`` are views of flat
+    ``error`` is (k, rows, cols), ``p`` is (k, rows, rank), ``q``, transposed since products are
+    then several times as fast, is (k, rank, cols). ``p`` and ``q`` are views of flat
     tensors, which travel; ``q`` and ``error`` are what is remembered from step to step. ``indices`` are those of the
     parameters, and ``at`` their places in the bucket.
     """
@@ -77,22 +78,26 @@ class Stack:
     def project(self, flat: torch.Tensor) -> None:
         """Add the gradients to what earlier steps left of them, and write this rank's P."""
         self.error.add_(self.gradients(flat))
-        torch.bmm(self.error, self.q, out=self.p)
+        torch.bmm(self.error, self.q.mT, out=self.p)
 
     def project_back(self, basis: torch.Tensor) -> None:
         """Write this rank's Q for the basis (k, rows, rank), on which all ranks agree."""
-        torch.bmm(self.error.mT, basis, out=self.q)
+        torch.bmm(basis.mT, self.error, out=self.q)
 
     def expand(self, basis: torch.Tensor, flat: torch.Tensor, gain: float, flags: Sequence[float]) -> None:
         """Write ``gain`` times the product to the bucket, and remember what it leaves out; all of it for a parameter
         that got no gradient on any rank, by ``flags`` of the bucket."""
-        result = torch.bmm(basis, self.q.mT)
+        target = self.gradients(flat)
+        is_same_type = target.dtype == self.error.dtype  # then it needs no memory of its own
+        result = torch.bmm(basis, self.q, out=target) if is_same_type else torch.bmm(basis, self.q)
         self.error.sub_(result)
         for number, at in enumerate(self.at):
             if flags[at] == 0:
                 self.error[number].add_(result[number])
-        target = self.gradients(flat)
-        target.copy_(result if gain == 1.0 else result.mul_(gain))
+        if gain != 1.0:
+            result.mul_(gain)
+        if not is_same_type:
+            target.copy_(result)
 
     def spoil(self, flat: torch.Tensor, seed: int) -> None:
         """Some rank's gradient was not finite: nor is the result, and nothing of it is remembered."""
@@ -102,5 +107,5 @@ class Stack:
 
 
 def first_qs(indices: Iterable[int], like: torch.Tensor, seed: int) -> torch.Tensor:
-    """The first Q of each of ``indices``, (k, cols, rank) as ``like`` is, in float32 on the CPU."""
+    """The first Q of each of ``indices``, (k, rank, cols) as ``like`` is, in float32 on the CPU."""
     return torch.stack([_first_q(like.shape[-2], like.shape[-1], seed, index) for index in indices])
