@@ -129,7 +129,7 @@ def main() -> None:
         pays = "" if is_plain else f"{saved_bits / max(1e-6, (ms - plain_ms) * 1e-3) / 1e9:.1f} Gbit/s"
         gpt.say(
             f"{name:>26} {nbytes / 1e3:>7.0f} kB {plain_nbytes / nbytes:>6.1f}x {ms:>7.2f} ms {step_ms:>6.1f} ms "
-            f"{pays:>12} {f'{loss:.3f} ({last:.3f})':>18}"
+            f"{pays:>12} {f'{loss:.4f} ({last:.4f})':>18}"
         )
 
 
