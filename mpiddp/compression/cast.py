@@ -26,7 +26,8 @@ class _Cast:
 
 
 class FP16Compressor(_Cast):
-    """float16: 11 bits of precision, but a sum beyond 65504 overflows."""
+    """float16: 11 bits of precision, but a sum beyond 65504 overflows. ``DistributedOptimizer`` scales what it sends,
+    so that no sum does."""
 
     dtype = torch.float16
 

@@ -12,13 +12,14 @@ import torch
 
 from .. import runtime
 from ..collectives.base import cut
-from ..compression import Compression
+from ..compression import Compression, is_lossy
 from ..op import Adasum, Average, Op, Sum
 from ..ops.submit import channel_of
 from ..process_set import ProcessSet, global_process_set
 from .adasum import wrap_adasum
 from .clipping import check_max_norm, clip_before_steps
 from .options import Options
+from .powersgd import check_powersgd, ways_of
 from .reducer import Reducer
 from .sharded import check_shardable, wrap_sharded
 from .wrapped import Alone, Wrapped, become
@@ -103,7 +104,8 @@ def DistributedOptimizer(  # noqa: N802 - the name that scripts know
 
     - ``named_parameters``: ``model.named_parameters()``, for errors that name what is wrong; all parameters or none.
     - ``compression``: what gradients look like while they travel: ``Compression.none``, ``.fp16``, ``.bf16`` (a whole
-      bucket at a time), or an object with ``compress`` and ``decompress``, which gets each gradient by itself.
+      bucket at a time), ``.powersgd(rank=4)`` (docs/compression.md), or an object with ``compress`` and ``decompress``,
+      which gets each gradient by itself.
     - ``backward_passes_per_step``: exchange after so many backwards, whose gradients are summed as torch accumulates
       them, or averaged over the passes with ``average_aggregated_gradients=True``; a ``step()`` before that many
       exchanges what there is.
@@ -135,6 +137,7 @@ def DistributedOptimizer(  # noqa: N802 - the name that scripts know
     check_max_norm(max_grad_norm, op)
     is_ordered = here.config.deterministic if deterministic is None else deterministic
     _check_ordered(is_ordered, op, compression)
+    check_powersgd(compression, op, shard)
     params = [param for group in optimizer.param_groups for param in group["params"]]
     names = _names(optimizer, params, named_parameters)
     if shard:
@@ -166,7 +169,7 @@ def DistributedOptimizer(  # noqa: N802 - the name that scripts know
         )
     become(optimizer, _Distributed)
     optimizer._mpiddp_reducer = Reducer(  # type: ignore[attr-defined]
-        here.engine, channel, params, names, _passes(backward_passes_per_step), options
+        here.engine, channel, params, names, _passes(backward_passes_per_step), options, *ways_of(options)
     )
     optimizer.register_step_pre_hook(_before_step)
     clip_before_steps(optimizer, max_grad_norm)
@@ -216,8 +219,8 @@ def _check(optimizer: torch.optim.Optimizer, op: Op, predivide: float) -> None:
 
 
 def _check_ordered(is_ordered: bool, op: Op, compression: Any) -> None:
-    if is_ordered and (op is Adasum or compression in (Compression.fp16, Compression.bf16)):
-        what = "op=Adasum" if op is Adasum else f"lossy compression ({compression.__name__})"
+    if is_ordered and (op is Adasum or is_lossy(compression)):
+        what = "op=Adasum" if op is Adasum else f"lossy compression ({getattr(compression, '__name__', compression)})"
         raise ValueError(
             f"deterministic=True (or MPIDDP_DETERMINISTIC=1) does not go with {what}: leave one of them out"
         )

@@ -9,13 +9,18 @@ import torch
 
 from ..transport.base import Link
 
-__all__ = ["Bucket", "Layout", "plan", "shared_zeros"]
+__all__ = ["Bucket", "Layout", "aligned_numel", "is_dense", "plan", "shared_zeros"]
 
 #: Every gradient begins at a multiple of this, so that vector instructions and foreach kernels find it aligned.
 _ALIGN_NBYTES = 64
 
 #: Makes a flat tensor of zeros, of so many elements, a dtype and a device.
 Zeros = Callable[[int, torch.dtype, torch.device], torch.Tensor]
+
+
+def aligned_numel(like: torch.Tensor) -> int:
+    """Every gradient begins at a multiple of so many elements."""
+    return max(1, _ALIGN_NBYTES // like.element_size())
 
 
 def plan(
@@ -82,7 +87,7 @@ class Bucket:
         """A bucket for ``params[i]``, i in ``indices``, all of one dtype and device; its data can be cut into
         ``shards`` equal parts that are aligned too. ``zeros`` makes the memory."""
         like = params[indices[0]]
-        align = max(1, _ALIGN_NBYTES // like.element_size())
+        align = aligned_numel(like)
         starts, end = [], 0
         for index in indices:
             starts.append(end)
@@ -169,12 +174,12 @@ class Layout:
 
 def _view(flat: torch.Tensor, at: int, param: torch.Tensor) -> torch.Tensor:
     """A view with the parameter's strides where it is dense (channels_last, say), contiguous where it is not."""
-    if _is_dense(param):
+    if is_dense(param):
         return flat.as_strided(param.size(), param.stride(), at)
     return flat[at : at + param.numel()].view(param.size())
 
 
-def _is_dense(param: torch.Tensor) -> bool:
+def is_dense(param: torch.Tensor) -> bool:
     """Whether the elements lie side by side, in whatever order of dims."""
     expected = 1
     for stride, length in sorted((st, n) for st, n in zip(param.stride(), param.shape, strict=True) if n > 1):

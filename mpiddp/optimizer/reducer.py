@@ -220,6 +220,8 @@ class Reducer:
             self._launch(len(self._under_way), passes)
         with span("drain"):
             for sending in self._under_way:
+                sending.turn(self.engine)
+            for sending in self._under_way:
                 sending.wait(self.engine)
         self.gradients.averaged.clear()
         for bucket in self.layout.buckets:

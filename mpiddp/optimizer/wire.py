@@ -26,6 +26,9 @@ class Sending:
         self._handles = handles
         self._arrived = arrived
 
+    def turn(self, engine: Engine) -> None:
+        """Where there are two exchanges one after the other: wait for the first and launch the second."""
+
     def wait(self, engine: Engine) -> None:
         """Until the bucket holds the result; raises what the exchange raised."""
         for handle in self._handles:
@@ -35,13 +38,23 @@ class Sending:
 
 
 class Wire:
-    """Gradients are divided by ``options.predivide`` before the sum; the rest of an average comes after it."""
+    """Gradients are divided by ``options.predivide`` before the sum; the rest of an average comes after it.
+
+    In float16 a sum could be too large for its type. So gradients are divided, before they are made float16, by the
+    least power of two that is not below the number of members (exact, but for what becomes subnormal), unless the
+    user divides by something else; what remains of it is made up for in the sum of an average, which is no larger
+    than the largest gradient, and in the gradient's own type where the sum itself is wanted.
+    """
 
     def __init__(self, lane: Lane, options: Options) -> None:
         self._lane = lane
         self._compression = options.compression
-        self._prescale = 1.0 / options.predivide
-        self._scale = options.predivide / lane.link.size if options.average else 1.0
+        predivide = options.predivide
+        if options.compression is FP16Compressor and predivide == 1.0:
+            predivide = float(1 << (lane.link.size - 1).bit_length())
+        self._prescale = 1.0 / predivide
+        self._scale = predivide / lane.link.size if options.average else 1.0
+        self._gain = 1.0 if options.average else predivide  # after the exchange, in the gradient's own type
         self._segment_nbytes = options.segment_nbytes
         self._is_ordered = options.is_ordered
 
@@ -58,14 +71,19 @@ class Wire:
             return Sending([self._reduce(name, bucket.flat)])
         if self.is_own:
             return self._launch_own(name, bucket)
-        packed, context = self._compression.compress(bucket.flat)
-        if context is None:
-            return Sending([self._reduce(name, bucket.flat)])
+        packed, _ = self._compression.compress(bucket.flat)
 
         def arrived() -> None:
-            bucket.flat.copy_(packed)
+            self._unpack(packed, bucket.flat)
 
         return Sending([self._reduce(name, packed)], arrived)
+
+    def _unpack(self, packed: torch.Tensor, flat: torch.Tensor) -> None:
+        """``packed``, which has arrived, to ``flat``, of which it is a copy in 16 bits, or ``flat`` itself."""
+        if packed is not flat:
+            flat.copy_(packed)
+        if self._gain != 1.0:
+            flat.mul_(self._gain)
 
     def _launch_own(self, name: str, bucket: Bucket) -> Sending:
         (view,) = bucket.views
@@ -78,8 +96,9 @@ class Wire:
 
         return Sending(handles, arrived)
 
-    def _reduce(self, name: str, flat: torch.Tensor) -> Handle:
-        scale, segment, is_ordered = self._scale, self._segment_nbytes, self._is_ordered
+    def _reduce(self, name: str, flat: torch.Tensor, scale: float | None = None) -> Handle:
+        scale = self._scale if scale is None else scale
+        segment, is_ordered = self._segment_nbytes, self._is_ordered
 
         def start(link: Link, flat: torch.Tensor, tag: int) -> Steps:
             return select.allreduce(link, flat, ReduceOp.SUM, tag, scale, segment, is_ordered)

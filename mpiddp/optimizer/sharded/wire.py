@@ -32,13 +32,12 @@ class ShardWire(Wire):
             bucket.data.mul_(self._prescale * factor)
         if self.is_own:
             return self._launch_own(name, bucket)
-        packed, context = self._compression.compress(bucket.data)
+        packed, _ = self._compression.compress(bucket.data)
         handles = [self._reduce_scatter(name, packed), self._reduce(f"{name}, flags", bucket.tail)]
-        if context is None:
-            return Sending(handles)
 
         def arrived() -> None:
-            self.own(bucket.data).copy_(self.own(packed))
+            if packed is not bucket.data or self._gain != 1.0:
+                self._unpack(self.own(packed), self.own(bucket.data))
 
         return Sending(handles, arrived)
 
