@@ -28,7 +28,8 @@ Start a program on several ranks: a thin front to mpirun, mpiexec or srun.
 It chooses the binding (the cores of this machine are shared out among the ranks; on other hosts say --cpus-per-rank),
 lets ranks give way to each other where there are more of them than cores, hands MPIDDP_* and OMP_NUM_THREADS to every
 host, sets what Open MPI's TCP needs, lets its wheel take GPUs' memory where libucx is installed and all ranks are here,
-and allows root. The command is printed, and takes the place of this process: its exit code is the launcher's. What mpirun can do beyond that, do with mpirun.
+and allows root. The command is printed, and takes the place of this process: its exit code is the launcher's. What
+mpirun can do beyond that, do with mpirun.
 """
 
 
