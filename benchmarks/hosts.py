@@ -28,6 +28,10 @@ MARK = "RESULT "
 BLOCK_S = 0.05
 
 
+#: What is trained where a case is no all-reduce.
+MODELS = {"steps": "8.4 million parameters", "powersgd": "25.2 million parameters, PowerSGD of rank 4"}
+
+
 @dataclass(frozen=True)
 class Case:
     """``hosts`` x ``per_host`` ranks; links of so many Mbit/s (0: unshaped) and delay from host to host."""
@@ -51,8 +55,8 @@ class Case:
         rate = f"{self.mbit:g} Mbit/s" if self.mbit else "unshaped"
         delay = f", {2 * self.delay_us / 1000:g} ms round trip" if self.delay_us else ""
         size = f"{self.nbytes >> 20} MiB" if self.nbytes >= 1 << 20 else f"{self.nbytes >> 10} KiB"
-        if self.kind == "steps":
-            size = "training steps, 8.4 million parameters"
+        if self.kind in MODELS:
+            size = f"training steps, {MODELS[self.kind]}"
         return f"{self.hosts} hosts x {self.per_host}, {rate}{delay}, {size}"
 
 
@@ -67,6 +71,7 @@ CASES = (
     Case("far", 2, 1, 1000, 500, 32 * MIB),
     Case("farther", 2, 1, 1000, 2500, 32 * MIB),
     Case("steps", 2, 1, 1000, 0, 0, "steps"),
+    Case("powersgd", 2, 1, 1000, 0, 0, "powersgd"),
 )
 
 
@@ -176,6 +181,44 @@ def steps(case: Case, seconds: float, comm: Any) -> dict[str, dict[str, float]]:
     return in_turn(runs, seconds, comm)
 
 
+def powersgd(case: Case, seconds: float, comm: Any) -> dict[str, dict[str, float]]:
+    """Training steps with both sides' PowerSGD of rank 4, once it has started; and with nothing exchanged."""
+    import torch
+    from torch import nn
+    from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
+
+    import mpiddp
+
+    dist = open_gloo(comm)
+    inputs, targets = torch.randn(32, 2048), torch.randint(10, (32,))
+
+    def trained(way: str) -> Callable[[], object]:
+        torch.manual_seed(0)
+        hidden = [layer for _ in range(6) for layer in (nn.Linear(2048, 2048), nn.ReLU())]
+        model: nn.Module = nn.Sequential(*hidden, nn.Linear(2048, 10))
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+        if way == "mpiddp":
+            compression = mpiddp.Compression.powersgd(rank=4, start_step=2)
+            optimizer = mpiddp.DistributedOptimizer(optimizer, model.named_parameters(), compression=compression)
+        elif way == "DDP over gloo":
+            # In one bucket: with several, the hook's callbacks order their all-reduces differently on each rank: gloo
+            # aborts ("Received data size doesn't match expected size").
+            model = nn.parallel.DistributedDataParallel(model, bucket_cap_mb=400)
+            state = powerSGD_hook.PowerSGDState(dist.group.WORLD, matrix_approximation_rank=4, start_powerSGD_iter=2)
+            model.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+
+        def step() -> None:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(inputs), targets).backward()
+            optimizer.step()
+
+        for _ in range(4):
+            step()
+        return step
+
+    return in_turn({way: trained(way) for way in ("mpiddp", "DDP over gloo", "not exchanged")}, seconds, comm)
+
+
 def worker(order: str) -> None:
     spec = json.loads(order)
     import torch
@@ -187,7 +230,7 @@ def worker(order: str) -> None:
     from mpi4py import MPI
 
     case = Case(**spec["case"])
-    found = (steps if case.kind == "steps" else allreduce)(case, spec["seconds"], MPI.COMM_WORLD)
+    found = {"steps": steps, "powersgd": powersgd}.get(case.kind, allreduce)(case, spec["seconds"], MPI.COMM_WORLD)
     if MPI.COMM_WORLD.rank == 0:
         print(MARK + json.dumps(found), flush=True)
 
