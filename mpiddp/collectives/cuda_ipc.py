@@ -180,7 +180,7 @@ def _exchange(
     yield from _until_done(device)
     records = yield from _gather(_host(link), record, RECORD_NBYTES, tag)
     parts = [shown if member == link.rank else gpus.tensor(other, flat) for member, other in enumerate(records)]
-    later = work(parts, flat)
+    later = device.timed(lambda: work(parts, flat))
     yield from _until_done(device)
     yield from tree.barrier(_host(link), tag)
     if later is not None and later is not flat:
