@@ -138,7 +138,7 @@ class ProcessSets:
 
     def _agree(self, what: str) -> None:
         """A barrier whose name says what is to be done, so that ranks which differ get an error in place of a hang."""
-        nothing = torch.empty(0, dtype=torch.uint8)
+        nothing = torch.empty(0, dtype=torch.uint8, device="cpu")
         self._agreements += 1
         signature = Signature(int(Kind.BARRIER), purpose=what)
         request = Request(f"process sets, change {self._agreements}", signature, nothing, eager=True)

@@ -86,7 +86,7 @@ def _say(told: Sequence[str]) -> None:
 
 def _gather(link: Link, own: bytes, nbytes: int, tag: int = MAPPING_TAG) -> Until[list[bytes]]:
     """Every member's ``nbytes`` bytes; nobody has them before everybody has come."""
-    table = torch.zeros(link.size * nbytes, dtype=torch.uint8)
+    table = torch.zeros(link.size * nbytes, dtype=torch.uint8, device="cpu")
     bounds = [(nbytes * member, nbytes * (member + 1)) for member in range(link.size)]
     lo, hi = bounds[link.rank]
     table[lo:hi] = torch.frombuffer(bytearray(own), dtype=torch.uint8)
