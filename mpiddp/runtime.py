@@ -124,6 +124,7 @@ def init(
         engine.span_hosts()
     memory = NodeMemory.over(world.node_comm)
     channel = open_channel(world.comm, range(world.size), world, settings, memory)
+    channel.link.ways.devices.own = gpu.index
     engine.add(channel)
     sets = ProcessSets(world, settings, engine, channel, memory)
     timeline = Timeline(engine, channel, world.host, settings.exit_timeout_s)

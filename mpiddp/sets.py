@@ -104,6 +104,7 @@ class ProcessSets:
         # Collective over the members alone; the tag keeps sets apart that are made at the same time.
         comm = self._world.comm.Create_group(self._world.comm.group.Incl(ranks), tag=number % 32768)
         channel = open_channel(comm, ranks, self._world, self._settings, self._memory)
+        channel.link.ways.devices.own = self._everyone.link.ways.devices.own
         process_set.channel = channel
         self._comms[number] = comm
         self._engine.add(channel)

@@ -172,6 +172,7 @@ class Devices:
 
     def __init__(self, driver: Driver | None = None) -> None:
         self.driver: Driver = Cuda() if driver is None else driver
+        self.own: int | None = None  # the number of this rank's, where it has one
         self._by_device: dict[torch.device, Device] = {}
 
     def of(self, tensor: torch.Tensor) -> Device:
@@ -197,8 +198,10 @@ class Devices:
 
     @property
     def home(self) -> torch.device:
-        """A device that this process uses: the first that a tensor came from, or the current one."""
-        return next(iter(self._by_device), torch.device("cuda"))
+        """A device that this process uses: the first that a tensor came from, or its own. Not the current one: the
+        liveness thread's is cuda:0 on every rank."""
+        own = "cuda" if self.own is None else f"cuda:{self.own}"
+        return next(iter(self._by_device), torch.device(own))
 
     def __repr__(self) -> str:
         return f"Devices({', '.join(str(device) for device in self._by_device) or 'none used'})"
