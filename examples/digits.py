@@ -1,6 +1,6 @@
 """Train a small CNN on scikit-learn's handwritten digits: 1797 images of 8x8 pixels that come with it, no download.
 
-Run it with or without mpirun; write a checkpoint, go on from it with any number of ranks, or only test it::
+Run it with or without mpirun, on CPUs or GPUs; write a checkpoint, go on from it with any number of ranks, or test it::
 
     python examples/digits.py
     mpirun -np 2 --bind-to core python examples/digits.py
@@ -82,14 +82,23 @@ def learning_rate(args: argparse.Namespace, progress: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
-def evaluate(model: nn.Module, dataset: TensorDataset) -> tuple[float, float]:
+def place() -> torch.device:
+    """This rank's GPU where there is one, else the CPU."""
+    device = mpiddp.local_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def evaluate(model: nn.Module, dataset: TensorDataset, device: torch.device) -> tuple[float, float]:
     """Accuracy and loss over the whole test set: each rank takes a part, and every sample counts once."""
     sampler = mpiddp.ShardSampler(dataset, shuffle=False, pad=False)
     correct = loss = 0.0
     model.eval()
     with torch.no_grad():
         for images, labels in DataLoader(dataset, batch_size=64, sampler=sampler):
-            logits = model(images)
+            labels = labels.to(device)
+            logits = model(images.to(device))
             correct += (logits.argmax(dim=1) == labels).sum().item()
             loss += cross_entropy(logits, labels, reduction="sum").item()
     # Sums and counts are added up over the ranks, never means: the shards may differ in length.
@@ -141,6 +150,7 @@ def train_epoch(
     sampler: mpiddp.ShardSampler,
     checkpoints: mpiddp.checkpoint.Checkpoints | None,
     progress: Progress,
+    device: torch.device,
 ) -> float:
     """One pass over the training set, or the rest of one; return the mean loss over all ranks."""
     model.train()
@@ -148,7 +158,7 @@ def train_epoch(
     for images, labels in loader:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(args, sampler.epoch + sampler.progress)
-        loss = cross_entropy(model(augment(images)), labels)
+        loss = cross_entropy(model(augment(images).to(device)), labels.to(device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -170,7 +180,8 @@ def main() -> None:
     mpiddp.init()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)  # the same on every rank: it builds the model
-    model = Net()
+    device = place()
+    model = Net().to(device)
     optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
     optimizer = mpiddp.DistributedOptimizer(optimizer, named_parameters=model.named_parameters())
     train_set, test_set = load_data()
@@ -191,14 +202,14 @@ def main() -> None:
     for epoch in range(sampler.next_epoch, 0 if args.eval_only else args.epochs):
         sampler.set_epoch(epoch)
         began = time.perf_counter()
-        loss = train_epoch(args, model, optimizer, loader, sampler, checkpoints, progress)
+        loss = train_epoch(args, model, optimizer, loader, sampler, checkpoints, progress, device)
         samples, seconds = samples + len(sampler) * mpiddp.size(), seconds + time.perf_counter() - began
         progress.line(f"epoch {epoch + 1:3}/{args.epochs}  loss {loss:.4f}")
         if checkpoints is not None:
             checkpoints.save(steps_done(sampler))
     if samples:
         progress.line(f"{samples / seconds:.0f} samples/s on {mpiddp.size()} ranks")
-    accuracy, loss = evaluate(model, test_set)
+    accuracy, loss = evaluate(model, test_set, device)
     right = round(accuracy * len(test_set))
     progress.line(f"test accuracy {accuracy:.4%} ({right} of {len(test_set)}), loss {loss:.6f}")
 

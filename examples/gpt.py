@@ -4,6 +4,7 @@ Run it with or without mpirun; a larger one on GPUs, one rank each::
 
     python examples/gpt.py
     mpirun -np 2 --bind-to core python examples/gpt.py
+    mpirun -np 2 python examples/gpt.py --amp bf16
     mpirun -np 8 python examples/gpt.py --steps 5000 --layers 8 --width 512 --heads 8 --context 512
 """
 
@@ -146,13 +147,13 @@ def say(text: str) -> None:
 
 def place() -> torch.device:
     """This rank's GPU where there is one; else the CPU, whose cores the ranks of a node share."""
-    if torch.cuda.is_available():
-        device = torch.device("cuda", mpiddp.local_rank() % torch.cuda.device_count())
+    device = mpiddp.local_device()
+    if device.type == "cuda":
         torch.cuda.set_device(device)
-        return device
-    cores = os.cpu_count() or 1
-    torch.set_num_threads(min(torch.get_num_threads(), max(1, cores // mpiddp.local_size())))
-    return torch.device("cpu")
+    else:
+        cores = os.cpu_count() or 1
+        torch.set_num_threads(min(torch.get_num_threads(), max(1, cores // mpiddp.local_size())))
+    return device
 
 
 def train_step(
@@ -164,9 +165,12 @@ def train_step(
     data: torch.Tensor,
 ) -> torch.Tensor:
     """Read a batch of windows and learn from it; return the loss on this rank."""
-    # Every rank reads other places, and in a resumed run the same ones again; dropout likewise.
+    # All ranks draw the same places and each reads its part of them: N ranks learn what one with N times the batch size
+    # would, and a resumed run reads the same places again. Dropout differs between ranks.
+    places = torch.Generator().manual_seed(args.seed + step)
+    starts = torch.randint(len(data) - args.context - 1, (args.batch_size * mpiddp.size(),), generator=places)
+    starts = starts[mpiddp.rank() :: mpiddp.size()]
     torch.manual_seed(args.seed + mpiddp.rank() + step * mpiddp.size())
-    starts = torch.randint(len(data) - args.context - 1, (args.batch_size,))
     tokens, targets = windows(data, starts, args.context, precision.device)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(args, step)

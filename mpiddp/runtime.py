@@ -124,6 +124,7 @@ def init(
         engine.span_hosts()
     memory = NodeMemory.over(world.node_comm)
     channel = open_channel(world.comm, range(world.size), world, settings, memory)
+    channel.link.ways.devices.own = gpu.index
     engine.add(channel)
     sets = ProcessSets(world, settings, engine, channel, memory)
     timeline = Timeline(engine, channel, world.host, settings.exit_timeout_s)
@@ -166,7 +167,7 @@ def _gpus(world: World, inquiry: gpus.Inquiry, library: str, settings: Config) -
     answer = cuda_aware(world.comm, world.nodes, gpu.index, library, wanted)
     if world.rank == 0 and (gpu.index is not None or answer.cure):
         say = logger.warning if wanted and not answer.yes else logger.info
-        way = "go to MPI as they are" if answer.yes else "go by way of host memory"
+        way = "go to MPI as they are" if answer.yes else "that peers cannot map go by way of host memory"
         say("tensors on GPUs %s: %s%s", way, answer.why, f"; {answer.cure}" if answer.cure else "")
     return gpu, answer, replace(settings, cuda_aware=answer.yes)
 

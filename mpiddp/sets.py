@@ -104,6 +104,7 @@ class ProcessSets:
         # Collective over the members alone; the tag keeps sets apart that are made at the same time.
         comm = self._world.comm.Create_group(self._world.comm.group.Incl(ranks), tag=number % 32768)
         channel = open_channel(comm, ranks, self._world, self._settings, self._memory)
+        channel.link.ways.devices.own = self._everyone.link.ways.devices.own
         process_set.channel = channel
         self._comms[number] = comm
         self._engine.add(channel)
@@ -138,7 +139,7 @@ class ProcessSets:
 
     def _agree(self, what: str) -> None:
         """A barrier whose name says what is to be done, so that ranks which differ get an error in place of a hang."""
-        nothing = torch.empty(0, dtype=torch.uint8)
+        nothing = torch.empty(0, dtype=torch.uint8, device="cpu")
         self._agreements += 1
         signature = Signature(int(Kind.BARRIER), purpose=what)
         request = Request(f"process sets, change {self._agreements}", signature, nothing, eager=True)

@@ -25,7 +25,7 @@ from mpiddp.transport.base import Levels, Pending, nothing_to_move
 from mpiddp.transport.device import Ways
 from tests.simulation import Network, SimulatedLink
 
-__all__ = ["FakeDriver", "FakeLink", "FakeNetwork", "Race", "Tracker"]
+__all__ = ["FakeDriver", "FakeEvent", "FakeLink", "FakeNetwork", "Race", "Tracker"]
 
 Clock = dict[str, int]
 
@@ -60,6 +60,10 @@ class FakeEvent:
     def synchronize(self) -> None:
         self.driver.host.follow(self.clock)
 
+    def elapsed_time(self, other: FakeEvent) -> int:
+        """How much any of the streams has done in between."""
+        return sum(other.clock.values()) - sum(self.clock.values())
+
 
 class FakeStream(Agent):
     def __init__(self, name: str, driver: FakeDriver) -> None:
@@ -90,6 +94,9 @@ class FakeDriver:
     def make_stream(self, device: torch.device) -> FakeStream:
         self._made += 1
         return FakeStream(f"stream {self._made} of rank {self._rank}", self)
+
+    def mark(self, stream: FakeStream) -> FakeEvent:
+        return FakeEvent(stream)
 
     def on(self, stream: FakeStream) -> Any:
         return self.tracker.acting(stream)

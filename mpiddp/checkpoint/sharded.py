@@ -85,7 +85,9 @@ def read(folder: Path, index_of: dict[str, int]) -> dict[int, dict[str, Any]]:
     """The whole state, by the index of the parameter; ``index_of`` are the parameters' names. In host memory."""
     metadata = FileSystemReader(folder).read_metadata()
     found: dict[str, Any] = {
-        fqn: torch.empty(kept.size, dtype=kept.properties.dtype) if isinstance(kept, TensorStorageMetadata) else None
+        fqn: torch.empty(kept.size, dtype=kept.properties.dtype, device="cpu")
+        if isinstance(kept, TensorStorageMetadata)
+        else None
         for fqn, kept in metadata.state_dict_metadata.items()
     }
     # Whatever torch.distributed may be doing in this process is none of its business; older versions cannot be told.

@@ -86,7 +86,7 @@ def _say(told: Sequence[str]) -> None:
 
 def _gather(link: Link, own: bytes, nbytes: int, tag: int = MAPPING_TAG) -> Until[list[bytes]]:
     """Every member's ``nbytes`` bytes; nobody has them before everybody has come."""
-    table = torch.zeros(link.size * nbytes, dtype=torch.uint8)
+    table = torch.zeros(link.size * nbytes, dtype=torch.uint8, device="cpu")
     bounds = [(nbytes * member, nbytes * (member + 1)) for member in range(link.size)]
     lo, hi = bounds[link.rank]
     table[lo:hi] = torch.frombuffer(bytearray(own), dtype=torch.uint8)
@@ -180,7 +180,7 @@ def _exchange(
     yield from _until_done(device)
     records = yield from _gather(_host(link), record, RECORD_NBYTES, tag)
     parts = [shown if member == link.rank else gpus.tensor(other, flat) for member, other in enumerate(records)]
-    later = work(parts, flat)
+    later = device.timed(lambda: work(parts, flat))
     yield from _until_done(device)
     yield from tree.barrier(_host(link), tag)
     if later is not None and later is not flat:

@@ -43,7 +43,7 @@ def broadcast(link: Link, flat: torch.Tensor, root: int, tag: int, segment_nbyte
 
 def barrier(link: Link, tag: int) -> Steps:
     """Ends on each rank after it began on every rank."""
-    return _barrier(link, tag, torch.zeros(2, dtype=torch.uint8))
+    return _barrier(link, tag, torch.zeros(2, dtype=torch.uint8, device="cpu"))
 
 
 def _barrier(link: Link, tag: int, token: torch.Tensor) -> Steps:

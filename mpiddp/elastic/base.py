@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import ArgumentError
 from ..functions import broadcast_object
 from .hosts import HostNotices, HostsUpdatedInterrupt, HostUpdate
-from .snapshot import snapshot
+from .snapshot import keep, restored
 
 __all__ = ["ObjectState", "State"]
 
@@ -85,7 +85,8 @@ class ObjectState(State):
     """Plain Python objects: each keyword becomes an attribute of the state, to be read and set as one likes.
 
     ``state = ObjectState(epoch=0, losses=[])`` and then ``state.epoch += 1``. They are copied when they are saved, so
-    that a restore undoes what was appended to a list since. They travel pickled, from rank 0.
+    that a restore undoes what was appended to a list since. They travel pickled, from rank 0. Copies of tensors lie in
+    host memory; a restore puts them back on their devices.
     """
 
     def __init__(self, **attributes: Any) -> None:
@@ -103,7 +104,7 @@ class ObjectState(State):
     def restore(self) -> None:
         """Set the attributes to what was saved last."""
         for name, value in self._saved.items():
-            setattr(self, name, snapshot(name, value))
+            setattr(self, name, restored(name, value))
 
     def sync(self) -> None:
         """Set the attributes to rank 0's, and save them."""
@@ -119,4 +120,4 @@ class ObjectState(State):
             raise ArgumentError(f"a {type(self).__name__} cannot have attributes called {', '.join(taken)}")
 
     def _copied(self) -> dict[str, Any]:
-        return {name: snapshot(name, getattr(self, name)) for name in self._names}
+        return {name: keep(name, getattr(self, name)) for name in self._names}

@@ -155,7 +155,7 @@ def _alltoall(link: Link, run: Run, tag: int, over: Over) -> Steps:
     return _delivering(
         over(link, source, start, How.PIECES),  # the ranks' tensors differ in size
         request,
-        lambda: (target.view(sum(incoming_rows), *shape), torch.tensor(incoming_rows, dtype=torch.int32)),
+        lambda: (target.view(sum(incoming_rows), *shape), torch.tensor(incoming_rows, dtype=torch.int32, device="cpu")),
     )
 
 

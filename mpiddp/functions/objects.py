@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from .. import runtime
+from ..device import local_device
 from ..errors import MpiddpError
 from ..ops import allgather, broadcast_
 from ..ops.submit import channel_of
@@ -30,8 +31,9 @@ def broadcast_object(
 ) -> Any:
     """The root's ``obj`` on every rank: itself on the root, a copy on the others, whose own ``obj`` is ignored.
 
-    A CUDA tensor inside travels by way of the CPU, and arrives on the receiver's current CUDA device, or on the CPU
-    where there is none. Two broadcasts: 8 bytes for the length, then the bytes.
+    A CUDA tensor inside travels by way of the CPU, and arrives on the receiver's current CUDA device (on its
+    ``local_device()`` where it has not used CUDA yet), or on the CPU where there is none. Two broadcasts: 8 bytes for
+    the length, then the bytes.
 
     Args:
         obj: anything that can be pickled. Only objects of ranks that are trusted: to unpickle is to run code.
@@ -48,7 +50,7 @@ def broadcast_object(
     is_root = runtime.rank() == root_rank
     if len(members) == 1:
         return obj
-    length, flat, cause = _pickled(obj) if is_root else (0, torch.empty(0, dtype=torch.uint8), None)
+    length, flat, cause = _pickled(obj) if is_root else (0, torch.empty(0, dtype=torch.uint8, device="cpu"), None)
     header = torch.tensor([length], dtype=torch.int64, device="cpu")
     broadcast_(header, root_rank, name and f"{name}.length", process_set)
     length = int(header)
@@ -130,8 +132,11 @@ def _pickler(base: Any) -> Any:
 
 
 def _cuda_tensor(values: torch.Tensor, requires_grad: bool, is_parameter: bool) -> torch.Tensor:
-    # Not the root's device number: the ranks of a node each have a device of their own.
-    tensor = values.cuda() if torch.cuda.is_available() else values
+    # Not the root's device number: the ranks of a node each have a device of their own. Nor the current one, cuda:0 on
+    # all ranks, before anything here has chosen it.
+    tensor = values
+    if torch.cuda.is_available():
+        tensor = values.cuda() if torch.cuda.is_initialized() else values.to(local_device())  # type: ignore[no-untyped-call]
     if is_parameter:
         return torch.nn.Parameter(tensor, requires_grad)
     return tensor.requires_grad_(requires_grad)

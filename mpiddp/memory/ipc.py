@@ -189,7 +189,7 @@ class PeerMemory:
             torch.cuda.synchronize(device)  # seldom; whoever had the block may still use it on some stream
         raw = _Raw(block.address, block.nbytes)  # torch keeps it as long as the memory is in use
         weakref.finalize(raw, self._freed.append, block).atexit = False
-        flat = self._over(raw)
+        flat = self._over(raw, ordinal)
         return flat[: numel * dtype.itemsize].view(dtype)
 
     def record(self, tensor: torch.Tensor) -> bytes | None:
@@ -217,12 +217,15 @@ class PeerMemory:
             raise MpiddpError(
                 f"GPU memory of a rank on this node, which could be mapped before, cannot be mapped: {error}"
             ) from error
-        return self._over(raw).view(like.dtype)
+        return self._over(raw, like.device.index).view(like.dtype)
 
-    def _over(self, raw: _Raw) -> torch.Tensor:
-        """The bytes in place, as a tensor of the device that the address belongs to; no context is made there."""
+    def _over(self, raw: _Raw, ordinal: int) -> torch.Tensor:
+        """The bytes in place, as a tensor of the device that the address belongs to; no context is made there.
+        ``ordinal``: a device of this process's own, in whose context the driver is asked."""
+        with self.driver.on(ordinal):  # a thread that has computed nothing yet has no context
+            owner = self.driver.device_of(raw.address)
         # Without the right device torch would hand out a copy.
-        tensor = torch.as_tensor(raw, device=torch.device("cuda", self.driver.device_of(raw.address)))
+        tensor = torch.as_tensor(raw, device=torch.device("cuda", owner))
         if tensor.data_ptr() != raw.address:
             raise MpiddpError(f"torch copied GPU memory at {raw.address:#x}, which it was to use in place")
         return tensor

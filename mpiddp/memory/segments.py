@@ -66,11 +66,11 @@ class Segments:
         numel = math.prod(shape)
         nbytes = numel * dtype.itemsize
         if self.files is None or nbytes == 0 or os.getpid() != self._pid:
-            return torch.zeros(shape, dtype=dtype)
+            return torch.zeros(shape, dtype=dtype, device="cpu")
         try:
             piece = self._piece(nbytes)
         except OSError:
-            return torch.zeros(shape, dtype=dtype)
+            return torch.zeros(shape, dtype=dtype, device="cpu")
         return torch.frombuffer(piece, dtype=dtype, count=numel).view(shape)
 
     def place(self, flat: torch.Tensor) -> Place | None:

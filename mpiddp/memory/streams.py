@@ -10,15 +10,18 @@ the event that orders it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from ..errors import MpiddpError
 
 __all__ = ["Cuda", "Device", "Devices", "Driver", "Event", "Makers", "Passage", "Stream", "on_exchange_streams"]
+
+
+_T = TypeVar("_T")
 
 
 class Event(Protocol):
@@ -57,6 +60,11 @@ class Driver(Protocol):
         for room."""
         ...
 
+    def mark(self, stream: Stream) -> Any:
+        """An event behind all that is enqueued so far; ``first.elapsed_time(second)`` are the milliseconds between two
+        that are done."""
+        ...
+
     def on(self, stream: Stream) -> AbstractContextManager[Any]:
         """A context in which ``stream`` is the current one, and its device the current device."""
         ...
@@ -88,6 +96,12 @@ class Cuda:
     def make_stream(self, device: torch.device) -> Stream:
         """See :class:`Driver`."""
         return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+
+    def mark(self, stream: Stream) -> Any:
+        """See :class:`Driver`."""
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(stream)  # type: ignore[arg-type]
+        return event
 
     @contextmanager
     def on(self, stream: Stream) -> Iterator[None]:
@@ -121,7 +135,7 @@ class Cuda:
 
     def pinned(self, nbytes: int) -> torch.Tensor:
         """See :class:`Driver`."""
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
 
 
 class Device:
@@ -136,6 +150,18 @@ class Device:
     def __init__(self, driver: Driver, device: torch.device) -> None:
         self.driver, self.device = driver, device
         self.exchange, self.out, self.back = (driver.make_stream(device) for _ in range(3))
+        self.times: list[tuple[Any, Any]] | None = (
+            None  # of who wants to know what kernels take: marks before and after
+        )
+
+    def timed(self, work: Callable[[], _T]) -> _T:
+        """``work()``, which enqueues on the exchange stream, between two marks where somebody wants to know."""
+        if self.times is None:
+            return work()
+        began = self.driver.mark(self.exchange)
+        result = work()
+        self.times.append((began, self.driver.mark(self.exchange)))
+        return result
 
     def __repr__(self) -> str:
         return f"Device({self.device})"
@@ -146,6 +172,7 @@ class Devices:
 
     def __init__(self, driver: Driver | None = None) -> None:
         self.driver: Driver = Cuda() if driver is None else driver
+        self.own: int | None = None  # the number of this rank's, where it has one
         self._by_device: dict[torch.device, Device] = {}
 
     def of(self, tensor: torch.Tensor) -> Device:
@@ -171,8 +198,10 @@ class Devices:
 
     @property
     def home(self) -> torch.device:
-        """A device that this process uses: the first that a tensor came from, or the current one."""
-        return next(iter(self._by_device), torch.device("cuda"))
+        """A device that this process uses: the first that a tensor came from, or its own. Not the current one: the
+        liveness thread's is cuda:0 on every rank."""
+        own = "cuda" if self.own is None else f"cuda:{self.own}"
+        return next(iter(self._by_device), torch.device(own))
 
     def __repr__(self) -> str:
         return f"Devices({', '.join(str(device) for device in self._by_device) or 'none used'})"

@@ -256,7 +256,7 @@ class _GroupedAllgather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        rows = torch.tensor([[shape[0] if shape else 1 for shape in ctx.shapes]])
+        rows = torch.tensor([[shape[0] if shape else 1 for shape in ctx.shapes]], device="cpu")
         before = allgather(rows, process_set=ctx.process_set)[: channel_of(ctx.process_set).link.rank].sum(0)
         means = grouped_allreduce(gradients, op=Average, process_set=ctx.process_set)
         places = zip(means, before.tolist(), rows[0].tolist(), ctx.shapes, strict=True)

@@ -153,7 +153,7 @@ class _Allgather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         rows = ctx.shape[0] if ctx.shape else 1
-        counts = allgather(torch.tensor([rows]), process_set=ctx.process_set).tolist()
+        counts = allgather(torch.tensor([rows], device="cpu"), process_set=ctx.process_set).tolist()
         begin = sum(counts[: channel_of(ctx.process_set).link.rank])
         mean = allreduce(gradient, op=Average, process_set=ctx.process_set)
         return mean[begin : begin + rows].view(ctx.shape), None, None

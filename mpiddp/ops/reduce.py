@@ -206,4 +206,4 @@ def all_ranks(flag: bool, process_set: ProcessSet = global_process_set) -> bool:
 
 
 def _agree(flag: bool, op: Op, process_set: ProcessSet) -> bool:
-    return bool(allreduce_(torch.tensor([bool(flag)]), op=op, process_set=process_set).item())
+    return bool(allreduce_(torch.tensor([bool(flag)], device="cpu"), op=op, process_set=process_set).item())

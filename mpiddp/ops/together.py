@@ -22,7 +22,7 @@ _JOIN = "mpiddp.join"
 
 def barrier(process_set: ProcessSet = global_process_set) -> None:
     """Return on each member after every member has come here. Waits for the members of the set alone."""
-    nothing = torch.empty(0, dtype=torch.uint8)
+    nothing = torch.empty(0, dtype=torch.uint8, device="cpu")
     wait_for(submit(channel_of(process_set), Kind.BARRIER, nothing, nothing, None, blocking=True))
 
 
@@ -38,7 +38,7 @@ def join(device: int = -1) -> int:
     ``device`` is accepted for Horovod's sake; zeros are made where they are needed.
     """
     here = runtime.current()
-    nothing = torch.empty(0, dtype=torch.uint8)
+    nothing = torch.empty(0, dtype=torch.uint8, device="cpu")
     channels = here.channels()
     lanes = [lane for channel in channels for lane in channel.lanes]
     if _refusal(lanes) is not None:

@@ -42,8 +42,8 @@ def agree_on_trained(
         payload = torch.frombuffer(bytearray(described), dtype=torch.uint8)
         everyone = [pickle.loads(data) for data in _gather(engine, lane, payload, lengths)]
         raise MismatchError(_difference(everyone))
-    masks = torch.zeros(2, len(params), dtype=torch.uint8)
-    masks[0] = torch.tensor([param.requires_grad for param in params])
+    masks = torch.zeros(2, len(params), dtype=torch.uint8, device="cpu")
+    masks[0] = torch.tensor([param.requires_grad for param in params], device="cpu")
     masks[1, list(sparse)] = 1
     flat = masks.view(-1)
     engine.wait(lane.launch("layout", lambda link, tag: doubling.allreduce(link, flat, ReduceOp.MAX, tag)))
@@ -53,7 +53,7 @@ def agree_on_trained(
 
 def agree_on_order(engine: Engine, lane: Lane, order: Sequence[int]) -> list[int]:
     """Rank 0's order. Blocking and collective."""
-    indices = torch.tensor(order if lane.link.rank == 0 else [0] * len(order), dtype=torch.int64)
+    indices = torch.tensor(order if lane.link.rank == 0 else [0] * len(order), dtype=torch.int64, device="cpu")
     engine.wait(lane.launch("order", lambda link, tag: doubling.allreduce(link, indices, ReduceOp.SUM, tag)))
     return [int(index) for index in indices.tolist()]
 
@@ -61,7 +61,7 @@ def agree_on_order(engine: Engine, lane: Lane, order: Sequence[int]) -> list[int
 def gather_objects(engine: Engine, lane: Lane, mine: object) -> list[Any]:
     """Every rank's object, on every rank. Blocking and collective."""
     payload = torch.frombuffer(bytearray(pickle.dumps(mine)), dtype=torch.uint8)
-    length = torch.tensor([payload.numel()]).view(torch.uint8)
+    length = torch.tensor([payload.numel()], device="cpu").view(torch.uint8)
     lengths = _gather(engine, lane, length, [length.numel()] * lane.link.size)
     numels = [int.from_bytes(each, sys.byteorder) for each in lengths]
     return [pickle.loads(each) for each in _gather(engine, lane, payload, numels)]
@@ -69,7 +69,7 @@ def gather_objects(engine: Engine, lane: Lane, mine: object) -> list[Any]:
 
 def _gather(engine: Engine, lane: Lane, mine: torch.Tensor, lengths: Sequence[int]) -> list[bytes]:
     bounds: Bounds = [(sum(lengths[:rank]), sum(lengths[: rank + 1])) for rank in range(len(lengths))]
-    flat = torch.empty(sum(lengths), dtype=torch.uint8)
+    flat = torch.empty(sum(lengths), dtype=torch.uint8, device="cpu")
     lo, hi = bounds[lane.link.rank]
     flat[lo:hi] = mine
     engine.wait(lane.launch("parameters", lambda link, tag: select.allgather(link, flat, bounds, tag)))

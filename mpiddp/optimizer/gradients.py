@@ -104,7 +104,7 @@ class Gradients:
                 param.grad = None
             else:
                 view.zero_()
-        bucket.tail.copy_(bucket.usual if all(present) else torch.tensor([*present, 0, 0]))
+        bucket.tail.copy_(bucket.usual if all(present) else torch.tensor([*present, 0, 0], device="cpu"))
 
     def hand_out(self, bucket: Bucket) -> list[float]:
         """``grad`` is a view again, where some rank had a gradient; a parameter without one anywhere keeps None.
@@ -158,7 +158,7 @@ class Gradients:
         for view, index in zip(bucket.views, bucket.indices, strict=True):
             if index in self.late:
                 view.copy_(self.late[index])
-        bucket.flags.copy_(torch.tensor([index in self.late for index in bucket.indices]))
+        bucket.flags.copy_(torch.tensor([index in self.late for index in bucket.indices], device="cpu"))
 
     def add_late(self, bucket: Bucket, extra: Bucket) -> None:
         """Add what ``extra`` brought to ``bucket``."""

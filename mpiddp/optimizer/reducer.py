@@ -154,7 +154,7 @@ class Reducer:
         bucket = self.layout.buckets[number]
         self.gradients.fill(bucket, with_nothing=self._is_joined)
         if number == len(self.layout.buckets) - 1 and (self.gradients.late or self.gradients.unplaced):
-            bucket.control.copy_(torch.tensor([bool(self.gradients.late), self.gradients.unplaced]))
+            bucket.control.copy_(torch.tensor([bool(self.gradients.late), self.gradients.unplaced], device="cpu"))
         self._under_way.append(self._wire.launch(f"bucket {number}", bucket, 1.0 / self._divisor(passes)))
 
     def _divisor(self, passes: int) -> int:

@@ -22,11 +22,11 @@ def gather_sparse(
     """For each parameter the sum of all ranks' sparse gradients, times ``scale``; None where no rank has one.
 
     Blocking, and collective over the lane's members. A rank without a gradient counts as zeros, and a dense gradient as
-    its rows that are not zero.
+    its rows that are not zero. What travels lies in host memory, wherever the parameters are.
     """
     size, rank = lane.link.size, lane.link.rank
     own = [None if gradient is None else _rows(gradient) for gradient in gradients]
-    counts = torch.full((size, len(own)), -1, dtype=torch.int64)
+    counts = torch.full((size, len(own)), -1, dtype=torch.int64, device="cpu")
     for at, gradient in enumerate(own):
         if gradient is not None:
             counts[rank, at] = gradient._nnz()
@@ -37,8 +37,8 @@ def gather_sparse(
             results.append(None)
             continue
         rows = counts[:, at].clamp(min=0).tolist()
-        places = torch.zeros(sum(rows), 1, dtype=torch.int64)
-        values = torch.zeros(sum(rows), *param.shape[1:], dtype=param.dtype)
+        places = torch.zeros(sum(rows), 1, dtype=torch.int64, device="cpu")
+        values = torch.zeros(sum(rows), *param.shape[1:], dtype=param.dtype, device="cpu")
         begin = sum(rows[:rank])
         if gradient is not None:
             places[begin : begin + rows[rank]] = gradient.indices().t()

@@ -16,9 +16,16 @@ from . import cuda_aware, staged
 from .base import Levels, Link, Pending, nothing_to_move
 from .transfers import Queues
 
-__all__ = ["CUDA_AWARE", "STAGED", "DeviceLink", "DeviceRegion", "Ways"]
+__all__ = ["CUDA_AWARE", "MAPPED", "STAGED", "DeviceLink", "DeviceRegion", "Ways", "way_between"]
 
-STAGED, CUDA_AWARE = "staged", "cuda_aware"
+STAGED, CUDA_AWARE, MAPPED = "staged", "cuda_aware", "mapped"
+
+
+def way_between(link: Link, peer: int, is_near: bool) -> str:
+    """By which way large tensors on GPUs reach ``peer``, a member: MAPPED, CUDA_AWARE or STAGED. ``is_near``: it is on
+    this node. MAPPED only once an exchange has found out that all on the node map each other's memory."""
+    within = link if link.levels is None else link.levels.local
+    return MAPPED if is_near and within.ways.mapped else link.ways.way_to(peer)
 
 
 class Ways:

@@ -12,9 +12,10 @@ from mpiddp.dtypes import scale_
 from mpiddp.engine import device as engine_device
 from mpiddp.engine.device import Start, crossing
 from mpiddp.memory.ipc import RECORD_NBYTES, TOKEN_NBYTES
+from mpiddp.memory.streams import Device
 from mpiddp.transport.base import Levels
 from mpiddp.transport.device import STAGED
-from tests.fake_device import FakeDriver, FakeNetwork, Race, Tracker
+from tests.fake_device import FakeDriver, FakeEvent, FakeNetwork, Race, Tracker
 from tests.simulation import run
 
 
@@ -147,6 +148,21 @@ def test_a_handle_that_does_not_open(refusing: str, caplog: pytest.LogCaptureFix
     (record,) = caplog.records
     assert "local rank 1" in record.getMessage() and refusing in record.getMessage()
     assert "--gpu-bind=none" in record.getMessage()
+
+
+@pytest.mark.parametrize("numel", [30, 101])
+def test_kernels_are_timed_for_who_wants_to_know(numel: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the exchange stream, and nothing but the kernels: neither what comes before nor the way back."""
+    times: list[tuple[FakeEvent, FakeEvent]] = []
+    init = Device.__init__
+
+    def watched(self: Device, *arguments: object) -> None:
+        init(self, *arguments)  # type: ignore[arg-type]
+        self.times = times
+
+    monkeypatch.setattr(Device, "__init__", watched)
+    play(3, numel, allreduce(0.5), exported=False)
+    assert len(times) == 3 and all(began.elapsed_time(ended) > 0 for began, ended in times)
 
 
 def test_between_nodes_by_the_ring() -> None:

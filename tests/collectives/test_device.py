@@ -83,6 +83,16 @@ def test_allreduce(size: int, way: str) -> None:
             assert torch.equal(result, 0.5 * total(size, numel))
 
 
+def test_zeros_of_a_rank_that_has_joined_lie_on_its_own_device() -> None:
+    """Whatever the current device of the thread that pushes is; on one that it has used, if any."""
+    with Tracker() as tracker:
+        devices = FakeNetwork(tracker, 1).fake_links(WAYS["staged"])[0].ways.devices
+    devices.own = 3
+    assert devices.home == torch.device("cuda", 3)
+    devices.of(torch.ones(1))
+    assert devices.home == torch.device("cpu")
+
+
 @pytest.mark.parametrize("way", ["staged", "cuda-aware"])
 def test_many_schedules(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(select, "DOUBLING_NBYTES", 100)  # the ring, and recursive doubling

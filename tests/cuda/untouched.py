@@ -93,7 +93,7 @@ def over(address: int, nbytes: int) -> torch.Tensor:
 class StandInMemory(PeerMemory):
     """Tensors over the stand-in's addresses."""
 
-    def _over(self, raw: Any) -> torch.Tensor:
+    def _over(self, raw: Any, ordinal: int) -> torch.Tensor:
         described = raw.__cuda_array_interface__
         tensor = over(raw.address, described["shape"][0])
         tensor._raw = raw  # type: ignore[attr-defined]

@@ -108,6 +108,21 @@ def test_the_other_collectives(world: Any, way: str) -> None:
     assert [torch.equal(one.cpu(), total(size, n)) for one, n in zip(many, (3, 5000), strict=True)] == [True, True]
 
 
+def test_memory_that_peers_map(world: Any) -> None:
+    """Sums on tensors of mpiddp.empty, and on parts of them, from any stream; freed memory is used again."""
+    from mpiddp import runtime
+
+    here, ways = device(world), runtime.current().channel.link.ways
+    for numel in (1000, 300_001, 300_001):
+        tensor = world.empty(numel + 3, 1, device=here)
+        assert tensor.device == here and ways.memory.record(tensor) is not None
+        part = tensor[3:].view(-1)
+        with torch.cuda.stream(torch.cuda.Stream(here)):
+            part.copy_(late(values(world.rank(), numel).to(here)))
+            assert torch.equal(world.allreduce_(part, op=world.Sum).cpu(), total(world.size(), numel))
+        del tensor, part
+
+
 def test_a_mismatch_of_devices_names_the_ranks(world: Any) -> None:
     here = device(world) if world.rank() == 0 else torch.device("cpu")
     with pytest.raises(world.MismatchError, match="cuda on rank 0"):

@@ -96,3 +96,43 @@ def test_a_scaled_step_is_skipped_on_all_ranks(world: Any) -> None:
         assert same == (number == 0)
     for param in model.parameters():
         assert torch.equal(world.broadcast(param.detach(), 0), param.detach())
+
+
+def test_states_and_objects_stay_on_their_devices(world: Any) -> None:
+    """What an elastic state restores, and what is broadcast, lies on the rank's own GPU."""
+    here = device(world)
+    torch.cuda.set_device(here)
+    model, optimizer = make(here)
+    wrapped = world.DistributedOptimizer(optimizer, named_parameters=model.named_parameters())
+    state = world.elastic.TorchState(model, wrapped, best=torch.ones(3, device=here), epoch=0)
+    train(model, wrapped, plain, world.rank(), world.size(), here)
+    state.best.fill_(2)
+    state.restore()
+    assert state.best.device == here and state.best.tolist() == [1, 1, 1]
+    train(model, wrapped, plain, world.rank(), world.size(), here)
+    state.sync()
+    assert state.best.device == here and all(param.device == here for param in model.parameters())
+    world.broadcast_parameters(model.state_dict(), 1)
+    world.broadcast_optimizer_state(wrapped, 1)
+    assert all(value["momentum_buffer"].device == here for value in wrapped.state.values())
+    found = world.broadcast_object({"x": torch.full((2,), world.rank(), device=here)}, 1)["x"]
+    assert found.device == here and found.tolist() == [1, 1]
+    assert world.mean(torch.tensor(world.rank(), device=here), torch.ones(1, device=here)) == (world.size() - 1) / 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("affine", [True, False])
+def test_sync_batch_norm_equals_the_whole_batch(world: Any, dtype: torch.dtype, affine: bool) -> None:
+    """With parameters in float32 and inputs in either, as under autocast; any layout of the input."""
+    here, rank, size = device(world), world.rank(), world.size()
+    whole = torch.randn(size * 4, 6, 5, 5, generator=torch.Generator().manual_seed(1)).to(here)
+    alone = torch.nn.BatchNorm2d(6, affine=affine).to(here)
+    ours = world.SyncBatchNorm(6, affine=affine).to(here)
+    wanted, mine = whole.clone().requires_grad_(), whole[4 * rank : 4 * rank + 4].to(dtype)
+    mine = mine.to(memory_format=torch.channels_last).requires_grad_()
+    alone(wanted).square().mean().backward()
+    (ours(mine).float().square().sum() / whole.numel()).backward()
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype is torch.float32 else {"rtol": 2e-2, "atol": 2e-3}
+    assert mine.grad is not None and wanted.grad is not None
+    torch.testing.assert_close(mine.grad.float(), wanted.grad[4 * rank : 4 * rank + 4], **tolerance)
+    torch.testing.assert_close(ours.running_var, alone.running_var, **tolerance)

@@ -71,3 +71,47 @@ def test_without_matplotlib_all_ranks_end_and_one_says_why(mpirun: Any, tmp_path
     env = {"PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}"}
     done = mpirun([*BENCH, "--sizes", "4", *SHORT, "--plot", tmp_path / "a.png"], 2, env=env, expect="failure")
     assert done.output.count("pip install 'mpiddp[plot]'") == 1
+
+
+def test_all_reduces_on_gpus_without_one(mpirun: Any) -> None:
+    """The CPU stands in for the device: everybody is checked and timed, and the table is complete."""
+    script = """
+        import contextlib, time
+        import torch
+        import mpiddp
+        from mpiddp.cli.bench import accelerator, gpu, place, reduce
+        from mpiddp.cli.bench.timing import Limits
+
+        class Mark(float):
+            def elapsed_time(self, other):
+                return (other - self) * 1e3
+
+        class Host(accelerator.Accelerator):
+            device = torch.device("cpu")
+            def __init__(self): self.waited = 0
+            def wait(self): self.waited += 1
+            def timed(self, call, marks):
+                began = Mark(time.perf_counter())
+                call()
+                marks.append((began, Mark(time.perf_counter())))
+            def watch(self, marks): pass
+            def beside(self): return contextlib.nullcontext()
+            def pinned(self, numel, dtype): return torch.zeros(numel, dtype=dtype)
+
+        here = place.arrive()
+        lane = mpiddp.runtime.current().channel.lane()
+        if mpiddp.runtime.current().gpu.index is None:
+            assert "GPU on every rank; there is none on rank 0 and 1 more: " in accelerator.problem(here)
+        peers = reduce.available(["gloo"], here)
+        host, limits = Host(), Limits(2, 1.0)
+        small = gpu.measure(host, 100, torch.float32, peers, here, limits, None, lane)
+        assert [row["contender"] for row in small] == ["mpiddp", "mpiddp shared", "gloo", "x.add_(y)"]
+        assert [row["way"] for row in small] == ["whole", "whole", None, None]
+        large = gpu.measure(host, 300_000, torch.float32, peers, here, limits, None, lane)
+        copies = ["copy to host", "copy both ways", "copy in host", "p2p staged"]
+        assert [row["contender"] for row in large][4:] == copies and large[0]["way"] == "staged"
+        assert large[3]["kernel_GBs"] > 0 and large[0]["kernel_us"] is None and large[7]["time_over_copy"] > 0
+        assert host.waited > 100 and all(set(row) == {c.name for c in gpu.COLUMNS} for row in small + large)
+        mpiddp.barrier()
+    """
+    mpirun(script, 2)

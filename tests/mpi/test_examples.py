@@ -121,6 +121,15 @@ def test_gpt(mpirun, amp):
 
 
 @pytest.mark.slow
+def test_gpt_learns_the_same_at_any_size(mpirun):
+    small = [GPT, *SMALL_GPT, "--sample=0"]
+    alone, both = mpirun([*small, "--batch-size=4"], 0).stdout, mpirun([*small, "--batch-size=2"], 2).stdout
+    for line in (r"^step +\d/6  loss (\S+)", r"^validation loss (\S+)"):
+        one, other = (re.findall(line, stdout, re.MULTILINE) for stdout in (alone, both))
+        assert [float(loss) for loss in other] == pytest.approx([float(loss) for loss in one], abs=2e-3) and one
+
+
+@pytest.mark.slow
 def test_gpt_alone_and_resumed_at_another_size(mpirun, tmp_path):
     checkpoint = tmp_path / "gpt"
     mpirun([GPT, *SMALL_GPT, "--checkpoint", checkpoint, "--sample", "0"], 0)

@@ -37,8 +37,12 @@ def test_empty(world: Any) -> None:
                 assert reduced(world, tensor)
     assert world.empty(2, 3).shape == world.empty((2, 3)).shape == world.empty(torch.Size([2, 3])).shape == (2, 3)
     assert world.empty().shape == () and world.empty(0).shape == (0,)
+    assert world.empty(3, device="cpu").device.type == "cpu"
     with pytest.raises(ValueError, match="lengths of 0 and more"):
         world.empty(-1)
+    for device in ("meta", "cuda:99"):
+        with pytest.raises(world.ArgumentError, match=f"on {device} on rank {world.rank()}, where PyTorch sees"):
+            world.empty(3, device=device)
 
 
 @on_ranks

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mpiddp.cli import command, main
-from mpiddp.cli.bench import contenders, memory, place, plot, reduce, sizes, table, train
+from mpiddp.cli.bench import contenders, gpu, memory, place, plot, reduce, sizes, table, train
 from mpiddp.cli.bench.timing import Limits, Timed, Timing, interleaved
 from mpiddp.cli.main import commands, parser
 
@@ -63,6 +63,8 @@ def test_only_the_first_rank_speaks(capsys: pytest.CaptureFixture[str], monkeypa
         (["--train", "--memory", "mpiddp"], "not allowed with"),
         (["--train", "--plot", "x.png"], "--plot draws all-reduces"),
         (["--memory", "ddp", "--models", "mlp,gpt"], "--memory takes one of --models"),
+        (["--train", "--device", "cuda"], "--device cuda measures all-reduces"),
+        (["--device", "tpu"], "'tpu'"),
     ],
 )
 def test_wrong_arguments_are_explained(capsys: pytest.CaptureFixture[str], arguments: list[str], words: str) -> None:
@@ -119,6 +121,20 @@ def test_rows_of_all_reduces() -> None:
     assert (own["time_over_mpiddp"], gloo["time_over_mpiddp"], add["time_over_mpiddp"]) == (1.0, 4.0, 0.5)
     assert (own["time_over_shared"], shared["time_over_shared"], gloo["time_over_shared"]) == (4.0, 1.0, 16.0)
     assert add["busbw_GBs"] is None and add["op"] == "add"
+
+
+def test_rows_of_all_reduces_on_gpus() -> None:
+    more = {"copy to host": Timing(4e-4, 4e-4), "p2p staged": Timing(5e-4, 5e-4)}
+    base = reduce.rows({**TIMINGS, **more}, {**OPS, **dict.fromkeys(more, "copy")}, 1000_000, torch.float32, 4)
+    kernels = {"mpiddp": 1e-4, "mpiddp shared": 2e-5, "gloo": None, "x.add_(y)": 1e-5, **dict.fromkeys(more)}
+    own, shared, gloo, add, copy, p2p = gpu.rows(base, kernels, "mapped", True)
+    assert (own["kernel_us"], own["kernel_GBs"], shared["kernel_GBs"]) == (100.0, 80.0, 400.0), "8 MB in two shots"
+    assert add["kernel_GBs"] == 1200.0 and gloo["kernel_us"] is None and (own["way"], gloo["way"]) == ("mapped", None)
+    assert copy["busbw_GBs"] is None and p2p["time_over_copy"] == 1.25 and copy["time_over_copy"] is None
+    assert p2p["time_over_mpiddp"] is None and p2p["algbw_GBs"] == 8.0
+    assert gpu.rows(base, kernels, "staged", True)[0]["kernel_us"] is None
+    assert gpu.rows(base, kernels, "mapped", False)[0]["kernel_us"] is None
+    assert gpu.kernel_nbytes("mpiddp", 1 << 10, 4) == 5 << 10
 
 
 def test_rows_of_training_steps() -> None:

@@ -19,6 +19,7 @@ from mpiddp.cli.doctor.machine import Fabric
 from mpiddp.cli.doctor.report import as_json, as_text
 from mpiddp.cli.doctor.watch import Watch
 from mpiddp.launch import Interface, Launch
+from mpiddp.transport.device import CUDA_AWARE, MAPPED, STAGED
 from mpiddp.transport.probe import Answer
 from tests.unit.recorded_jobs import changed, gpu_rank, job, rank
 
@@ -150,6 +151,8 @@ def test_cuda_aware_or_not_and_why(answer: Answer, wanted: bool | None, expected
     examined = job(1, 1, gpu=gpu_rank(0, "a"), cuda_aware=answer, settings={"cuda_aware": wanted})
     assert found(examined) == (expected, "cuda-aware")
     assert answer.why in only(examined).what and only(examined).cure == answer.cure
+    mapped = dataclasses.replace(examined, pairs=(Pair((0, 1), "shared memory; GPUs: CUDA IPC"),))
+    assert answer.yes or ("host memory" in only(examined).what and "go by CUDA IPC" in only(mapped).what)
     assert findings(job(1, 1, cuda_aware=answer)) == [], "no GPU, no word"
 
 
@@ -182,7 +185,11 @@ def test_the_way_between_two_ranks() -> None:
         dataclasses.replace(each, memory="private", pml="", library="MPICH v5.0", gpu=gpu_rank(0, "a"))
         for each in (a, b)
     )
-    assert measure.way_between(a, b) == "MPI (MPICH), same node; GPUs: by host memory"
+    assert measure.way_between(a, b) == "MPI (MPICH), same node"
+    host = "MPI (MPICH), same node; GPUs: "
+    assert measure.way_between(a, b, STAGED) == host + "staged through host memory"
+    assert measure.way_between(a, b, CUDA_AWARE) == host + "CUDA-aware MPI"
+    assert measure.way_between(a, b, MAPPED) == host + "CUDA IPC"
 
 
 def test_exit_codes() -> None:

@@ -22,6 +22,7 @@ started with, beside others in the same run. Run it on machines that do nothing 
   mpirun -np 2 --bind-to core mpiddp bench --csv table.csv --plot table.png
   mpirun -np 2 --bind-to core mpiddp bench --train
   mpirun -np 2 --bind-to core mpiddp bench --memory mpiddp
+  mpirun -np 2 mpiddp bench --device cuda --peers gloo
 """
 
 
@@ -86,6 +87,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     sums.add_argument("--dtype", type=_dtype, default=torch.float32, help="by torch's name (default float32)")
     sums.add_argument("--warm", action="store_true", help="leave large tensors in the caches before a call, too")
     sums.add_argument("--plot", type=Path, metavar="FILE", help="draw the table; needs the extra plot")
+    sums.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where tensors lie (default cpu)")
     steps = parser.add_argument_group("training steps and memory")
     steps.add_argument(
         "--models",
@@ -104,10 +106,12 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from . import memory, reduce, train
+    from . import gpu, memory, reduce, train
 
     if (arguments.train or arguments.memory) and arguments.plot:
         arguments.error("--plot draws all-reduces: leave it out, or --train and --memory")
+    if (arguments.train or arguments.memory) and arguments.device != "cpu":
+        arguments.error("--device cuda measures all-reduces: leave it out, or --train and --memory")
     if arguments.memory:
         for name in ("models", "optimizers"):
             if len(getattr(arguments, name) or [""]) > 1:
@@ -115,7 +119,9 @@ def _run(arguments: argparse.Namespace) -> int:
                     f"--memory takes one of --{name}: what the first leaves behind would count for the next"
                 )
         return memory.run(arguments)
-    return train.run(arguments) if arguments.train else reduce.run(arguments)
+    if arguments.train:
+        return train.run(arguments)
+    return gpu.run(arguments) if arguments.device == "cuda" else reduce.run(arguments)
 
 
 COMMAND = Command(

@@ -24,10 +24,15 @@ from ...ops import allreduce_, empty
 from .place import Place
 from .timing import Timed
 
-__all__ = ["PEERS", "Contender", "block_of", "check", "gloo", "library", "local", "own", "shared"]
+__all__ = ["LOCAL", "PEERS", "Contender", "block_of", "check", "gloo", "library", "local", "own", "shared"]
 
 #: What ``--peers`` may name.
 PEERS = ("gloo", "mpi")
+
+#: What nobody's all-reduce should be far above.
+LOCAL = "x.add_(y)"
+
+_CPU = torch.device("cpu")
 
 #: dtypes that MPI itself reduces, by torch's name, as mpi4py names them. 16-bit floats it cannot add.
 _MPI_TYPES = {
@@ -58,19 +63,23 @@ class Contender:
     make: Callable[..., torch.Tensor] = torch.empty
 
 
-def own() -> Contender:
+def own(device: torch.device = _CPU) -> Contender:
     """``mpiddp.allreduce_`` of a tensor that it has never seen."""
-    return Contender("mpiddp", lambda tensor: partial(allreduce_, tensor, op=Sum))
+    return Contender("mpiddp", lambda tensor: partial(allreduce_, tensor, op=Sum), make=_on(torch.empty, device))
 
 
-def shared() -> Contender:
+def shared(device: torch.device = _CPU) -> Contender:
     """The same of a tensor of ``mpiddp.empty``, in memory that the node's ranks share; one for all calls of a size."""
-    return Contender("mpiddp shared", own().call, is_fresh=False, make=empty)
+    return Contender("mpiddp shared", own().call, is_fresh=False, make=_on(empty, device))
 
 
-def gloo() -> Contender:
+def gloo(device: torch.device = _CPU) -> Contender:
     """``torch.distributed.all_reduce`` of its default process group."""
-    return Contender("gloo", lambda tensor: partial(dist.all_reduce, tensor))
+    return Contender("gloo", lambda tensor: partial(dist.all_reduce, tensor), make=_on(torch.empty, device))
+
+
+def _on(make: Callable[..., torch.Tensor], device: torch.device) -> Callable[..., torch.Tensor]:
+    return partial(make, device=device)
 
 
 def library(place: Place, dtype: torch.dtype) -> Contender | None:
@@ -94,9 +103,13 @@ def _keep(tensor: torch.Tensor, run: Callable[..., object], *arguments: Any) -> 
     run(*arguments)
 
 
-def local() -> Contender:
+def local(device: torch.device = _CPU) -> Contender:
     """One ``x.add_(y)`` on each rank, all at the same time, and no exchange."""
-    return Contender("x.add_(y)", lambda tensor: partial(tensor.add_, torch.empty_like(tensor).zero_()), op="add")
+
+    def call(tensor: torch.Tensor) -> Callable[[], object]:
+        return partial(tensor.add_, torch.empty_like(tensor).zero_())
+
+    return Contender(LOCAL, call, op="add", make=_on(torch.empty, device))
 
 
 def block_of(contender: Contender, numel: int, dtype: torch.dtype, calls: int, sweep: torch.Tensor | None) -> Timed:
@@ -121,10 +134,9 @@ def check(contender: Contender, place: Place, numel: int, dtype: torch.dtype) ->
 
     Rank r contributes (i + r) % 3 at position i, so that the sum is exact in every dtype up to some hundred ranks.
     """
-    tensor = _thirds(numel, dtype, torch.arange(3) + place.rank)
-    if not contender.is_fresh:
-        tensor = contender.make(numel, dtype=dtype).copy_(tensor)
+    tensor = contender.make(numel, dtype=dtype).copy_(_thirds(numel, dtype, torch.arange(3) + place.rank))
     contender.call(tensor)()
+    tensor = tensor.cpu()
     residues = torch.stack([(torch.arange(3) + rank) % 3 for rank in range(place.size)]).sum(0)
     expected = residues.to(dtype).repeat(numel // 3 + 1)[:numel]
     wrong = (tensor != expected).nonzero()

@@ -17,7 +17,7 @@ from .sizes import LARGE_FROM_NBYTES, algorithm_bandwidth, bus_bandwidth, calls_
 from .table import Column, Report, Row, number
 from .timing import Limits, Timing, interleaved
 
-__all__ = ["COLUMNS", "rows", "run"]
+__all__ = ["COLUMNS", "ROUNDS", "SECONDS", "available", "fitting", "prepared", "rows", "run"]
 
 COLUMNS = (
     Column("size_bytes", "size", 9, size_text),
@@ -45,17 +45,15 @@ _TENSORS = 10
 def run(arguments: Namespace) -> int:
     """Measure, and write what ``arguments`` ask for. Collective; returns the exit code."""
     place = arrive()
-    problem = place.comm.bcast(plot.problem() if arguments.plot and place.rank == 0 else None, 0)
-    if problem:
-        complain(problem)
+    if not prepared(arguments, place):
         return 2
-    peers = _available(arguments.peers, place)
+    peers = available(arguments.peers, place)
     limits = Limits(arguments.rounds or ROUNDS, arguments.seconds or SECONDS)
     sweep = None if arguments.warm else torch.zeros(2 * cache_nbytes(), dtype=torch.uint8)
     state = "as its zeroing has left it" if sweep is None else "in memory, not in a cache"
     say(f"# from {size_text(LARGE_FROM_NBYTES)} a call finds its tensor {state}")
     with Report(COLUMNS, arguments.csv, place.rank == 0) as report:
-        for nbytes in _fitting(arguments.sizes, place):
+        for nbytes in fitting(arguments.sizes, place):
             numel = max(1, nbytes // arguments.dtype.itemsize)
             for row in _measure(numel, arguments.dtype, peers, place, limits, sweep):
                 report.add(row)
@@ -67,7 +65,15 @@ def run(arguments: Namespace) -> int:
     return 0
 
 
-def _available(peers: Sequence[str], place: Place) -> list[str]:
+def prepared(arguments: Namespace, place: Place) -> bool:
+    """Whether all that ``arguments`` ask for can be done; says what cannot. Collective."""
+    problem = place.comm.bcast(plot.problem() if arguments.plot and place.rank == 0 else None, 0)
+    if problem:
+        complain(problem)
+    return problem is None
+
+
+def available(peers: Sequence[str], place: Place) -> list[str]:
     """Those of ``peers`` that there are; says which are left out."""
     found = list(peers)
     if "gloo" in found:
@@ -78,11 +84,11 @@ def _available(peers: Sequence[str], place: Place) -> list[str]:
     return found
 
 
-def _fitting(sizes: Sequence[int], place: Place) -> list[int]:
-    """The sizes that memory has room for, on every node."""
+def fitting(sizes: Sequence[int], place: Place, more_nbytes: int = 1 << 62) -> list[int]:
+    """The sizes that memory has room for, on every node; ``more_nbytes``: this rank's share of another memory."""
     from mpi4py import MPI
 
-    share = place.comm.allreduce(_free_nbytes() // runtime.local_size(), op=MPI.MIN)
+    share = place.comm.allreduce(min(_free_nbytes() // runtime.local_size(), more_nbytes), op=MPI.MIN)
     large = [size_text(nbytes) for nbytes in sizes if _TENSORS * nbytes > share]
     if large:
         say(f"# {', '.join(large)} left out: a rank's share of the free memory is {size_text(share)}")

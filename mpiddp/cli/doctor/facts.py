@@ -58,7 +58,7 @@ class Facts:
 class Pair:
     """How two ranks exchange: ``way`` in words, GB/s in each direction when both send (None: not measured).
 
-    ``gpu_gigabytes_per_s``: from GPU to GPU by MPI, as they are or by way of host memory.
+    ``gpu_gigabytes_per_s``: from GPU to GPU, by the way that ``way`` names.
     """
 
     ranks: tuple[int, int]

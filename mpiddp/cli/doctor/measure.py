@@ -8,10 +8,20 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ...collectives import ReduceOp
+from ...collectives.device_reduction import reduce_parts
+from ...device import local_device
+from ...engine.device import WHOLE_NBYTES
+from ...memory.ipc import DeviceMemory
+from ...op import Sum
+from ...ops import allreduce_
 from ...runtime import Runtime
+from ...transport.base import Link
+from ...transport.device import CUDA_AWARE, MAPPED, STAGED
+from ...transport.device import way_between as between_gpus
 from .facts import Facts, Pair
 
-__all__ = ["between_devices", "measure", "pairs_of", "way_between"]
+__all__ = ["between_devices", "measure", "pairs_of", "try_mapping", "way_between"]
 
 #: Through MPI: large enough for bandwidth, small enough that 28 pairs over 1 Gbit/s take some seconds.
 NBYTES = 4 << 20
@@ -27,11 +37,16 @@ _ALL_PAIRS = 8
 _WAIT_S = 0.001
 
 
+#: How a way between GPUs is called.
+_GPU_WAYS = {MAPPED: "CUDA IPC", CUDA_AWARE: "CUDA-aware MPI", STAGED: "staged through host memory"}
+
+
 class _Figures(NamedTuple):
-    """What one of a pair measured: bytes a second, seconds, bytes a second between GPUs."""
+    """What one of a pair measured: bytes a second, seconds; the way between GPUs, if any, and its bytes a second."""
 
     rate: float
     latency: float
+    gpu_way: str
     gpu_rate: float | None
 
 
@@ -47,22 +62,31 @@ def pairs_of(nodes: Sequence[int]) -> list[tuple[int, int]]:
     return within + sorted({(min(pair), max(pair)) for pair in ring})
 
 
-def way_between(one: Facts, other: Facts) -> str:
-    """How tensors in host memory travel between two ranks, in words; then GPUs' where both have one."""
+def way_between(one: Facts, other: Facts, gpu_way: str = "") -> str:
+    """How tensors in host memory travel between two ranks, in words; then GPUs', by the transport ``gpu_way``."""
     if one.node == other.node and one.memory not in ("", "private"):
         way = "shared memory"
     else:
         layer = one.pml or one.library.split(" v")[0]
         way = f"MPI ({layer}), {'same node' if one.node == other.node else 'between nodes'}"
-    if one.gpu.index is not None and other.gpu.index is not None:
-        way += "; GPUs: " + ("as they are" if one.cuda_aware.yes else "by host memory")
-    return way
+    return f"{way}; GPUs: {_GPU_WAYS[gpu_way]}" if gpu_way else way
+
+
+def try_mapping(runtime: Runtime, ranks: Sequence[Facts]) -> bool:
+    """Let an exchange of tensors on GPUs find out whether the ranks of a node map each other's memory. False where
+    some rank has none that its PyTorch can use. Collective."""
+    is_there = ranks[runtime.world.rank].gpu.index is not None and torch.cuda.is_available()
+    if not all(runtime.world.comm.allgather(is_there)):
+        return False
+    allreduce_(torch.zeros(2 * WHOLE_NBYTES, dtype=torch.uint8, device=local_device()), op=Sum)
+    return True
 
 
 def measure(runtime: Runtime, ranks: Sequence[Facts]) -> list[Pair]:
     """Measure the pairs in turn, while the others wait. Collective; the result is on all ranks."""
     world = runtime.world
     pairs = pairs_of(world.nodes)
+    link, have_gpus = runtime.channel.link, try_mapping(runtime, ranks)
     segment = runtime.memory.segments.empty((LARGE_NBYTES,), torch.uint8)
     segment.fill_(1)  # untouched memory would be read as one page of zeros
     places = world.comm.allgather(runtime.memory.segments.place(segment))
@@ -78,7 +102,8 @@ def measure(runtime: Runtime, ranks: Sequence[Facts]) -> list[Pair]:
             rate = _read(world.comm, peer, runtime.memory.tensor(local, places[peer], LARGE_NBYTES))
         else:
             rate = between_devices(world.comm, peer, torch.device("cpu"), True, NBYTES)
-        found.append(_Figures(rate, _latency(world.comm, peer), _gpu_rate(world.comm, ranks, world.rank, peer)))
+        gpu_way = between_gpus(link, peer, world.nodes[peer] == world.nodes[world.rank]) if have_gpus else ""
+        found.append(_Figures(rate, _latency(world.comm, peer), gpu_way, _gpu_rate(world.comm, link, peer, gpu_way)))
     _together(world.comm)
     reports = world.comm.allgather(found)
     return [_pair(ranks, pair, [report[i] for report in reports]) for i, pair in enumerate(pairs)]
@@ -89,7 +114,7 @@ def _pair(ranks: Sequence[Facts], pair: tuple[int, int], figures: list[_Figures 
     assert one is not None and other is not None
     rate, latency = min(one.rate, other.rate) / 1e9, max(one.latency, other.latency) * 1e6
     gpu = None if one.gpu_rate is None or other.gpu_rate is None else min(one.gpu_rate, other.gpu_rate) / 1e9
-    way = way_between(ranks[pair[0]], ranks[pair[1]])
+    way = way_between(ranks[pair[0]], ranks[pair[1]], one.gpu_way)
     return Pair(pair, way, round(rate, 3), round(latency, 1), None if gpu is None else round(gpu, 3))
 
 
@@ -106,12 +131,32 @@ def _read(comm: Any, peer: int, theirs: torch.Tensor) -> float:
     return LARGE_NBYTES / _best(comm, peer, lambda: own.copy_(theirs), _ROUNDS)
 
 
-def _gpu_rate(comm: Any, ranks: Sequence[Facts], rank: int, peer: int) -> float | None:
-    """Between two ranks' GPUs, where both have one and this PyTorch can use it."""
-    index = ranks[rank].gpu.index
-    if index is None or ranks[peer].gpu.index is None or not torch.cuda.is_available():
+def _gpu_rate(comm: Any, link: Link, peer: int, way: str) -> float | None:
+    """Between two ranks' GPUs, by this way; None where there is none."""
+    if not way:
         return None
-    return between_devices(comm, peer, torch.device("cuda", index), ranks[rank].cuda_aware.yes, LARGE_NBYTES)
+    if way == MAPPED:
+        within = link if link.levels is None else link.levels.local
+        return _read_gpu(comm, peer, within.ways.memory)
+    return between_devices(comm, peer, local_device(), way == CUDA_AWARE, LARGE_NBYTES)
+
+
+def _read_gpu(comm: Any, peer: int, memory: DeviceMemory) -> float:
+    """Bytes a second while both copy what the other's GPU holds."""
+    device = local_device()
+    with torch.cuda.device(device):
+        own = memory.empty(LARGE_NBYTES, torch.uint8, device)
+        record = memory.record(own)
+        assert record is not None
+        theirs, target = memory.tensor(comm.sendrecv(record, peer, source=peer), own), torch.empty_like(own)
+
+        def once() -> None:
+            reduce_parts(ReduceOp.SUM, [theirs], [target])
+            torch.cuda.synchronize(device)
+
+        rate = LARGE_NBYTES / _best(comm, peer, once, _ROUNDS)
+        comm.Sendrecv(bytearray(1), peer, recvbuf=bytearray(1), source=peer)  # the peer reads ``own`` until here
+    return rate
 
 
 def between_devices(comm: Any, peer: int, device: torch.device, is_aware: bool, nbytes: int) -> float:

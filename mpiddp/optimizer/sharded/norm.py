@@ -25,7 +25,9 @@ def total_norm(engine: Engine, lane: Lane, parts: Sequence[torch.Tensor], norm_t
         raise ValueError(f"norm_type must be positive, or inf, not {norm_type!r}")
     is_max = math.isinf(norm_type)
     rows = [_row_norms(part, norm_type) for part in parts if part.numel()]
-    norms = torch.cat([row.double().cpu() for row in rows]) if rows else torch.zeros(1, dtype=torch.float64)
+    norms = (
+        torch.cat([row.double().cpu() for row in rows]) if rows else torch.zeros(1, dtype=torch.float64, device="cpu")
+    )
     sent = (norms.amax() if is_max else norms.pow(norm_type).sum()).view(1)
     # A maximum with NaN is not the same in every order; a sum tells the others.
     bad = torch.isnan(sent).double()
@@ -37,7 +39,7 @@ def total_norm(engine: Engine, lane: Lane, parts: Sequence[torch.Tensor], norm_t
         sent = torch.where(bad > 0, torch.full_like(sent, math.nan), sent)
     else:
         sent = sent.pow(1.0 / norm_type)
-    like = parts[0] if parts else torch.zeros(())
+    like = parts[0] if parts else torch.zeros((), device="cpu")
     return sent[0].to(like.device, like.abs().dtype if like.is_complex() else like.dtype)
 
 

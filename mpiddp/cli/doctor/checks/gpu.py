@@ -98,7 +98,10 @@ def mpi_takes_their_memory(job: Job) -> Iterator[Finding]:
         yield note("cuda-aware", f"MPI takes GPUs' memory as it is: {answer.why}")
         return
     kind = warning if job.ranks[0].settings.get("cuda_aware") else note
-    yield kind("cuda-aware", f"tensors on GPUs go by way of host memory: {answer.why}", answer.cure)
+    which = "large tensors on GPUs go by CUDA IPC (and MPI does not take them)"
+    if not job.pairs or not all("CUDA IPC" in pair.way for pair in job.pairs):
+        which = "tensors on GPUs go by way of host memory where ranks do not map each other's"
+    yield kind("cuda-aware", f"{which}: {answer.why}", answer.cure)
 
 
 CHECKS = (pytorch_sees_them, every_rank_has_one, they_reach_each_other, mpi_takes_their_memory)
