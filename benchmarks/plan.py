@@ -22,8 +22,8 @@ MARK = "RESULT "
 #: Hosts and ranks on each.
 LAYOUTS = ((2, 1), (4, 1), (8, 1), (2, 2), (4, 2))
 
-#: Bytes, and how many all-reduces follow one another.
-SIZES = ((32 << 20, 1), (1 << 20, 4), (4 << 10, 32))
+#: Bytes, how many all-reduces follow one another, and how often.
+SIZES = ((32 << 20, 1, 7), (1 << 20, 1, 60), (4 << 10, 32, 15))
 TIMEOUT_S = 120
 
 
@@ -41,7 +41,7 @@ def worker() -> None:
     comm = here.world.comm.Dup()
     meter, segment = Meter(here, comm), here.config.segment_kb << 10
     figures = measure(meter, torch.float32, segment)
-    measured = [meter.allreduce(torch.ones(nbytes // 4), segment, launches) for nbytes, launches in SIZES]
+    measured = [meter.allreduce(torch.ones(nbytes // 4), segment, *often) for nbytes, *often in SIZES]
     if mpiddp.rank() == 0:
         print(MARK + json.dumps({"figures": asdict(figures), "measured": measured}), flush=True)
 
@@ -79,7 +79,7 @@ def show(hosts: int, per_host: int, found: dict[str, Any], of_two: Any) -> None:
         f"\n{hosts} hosts x {per_host}: latency {wire.short_s * 1e6:.0f} us, {wire.long_s * 1e6:.0f} us for long "
         f"messages, {8e-9 * per_host / wire.byte_s:.3f} Gbit/s"
     )
-    for (nbytes, _), seconds in zip(SIZES, found["measured"], strict=True):
+    for (nbytes, *_), seconds in zip(SIZES, found["measured"], strict=True):
         size = f"{nbytes >> 20} MiB" if nbytes >= 1 << 20 else f"{nbytes >> 10} KiB"
         name, predicted = allreduce(hosts, nbytes, own)
         said = f"  {size:>7}  {name:12}  measured {seconds * 1e3:8.2f} ms"

@@ -66,9 +66,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--model", choices=MODELS, help="one of bench's models, whose step is timed here (the default: mlp)"
     )
-    parser.add_argument(
-        "--step-ms", type=parse_milliseconds, metavar="MS", help="of a step of one rank without any exchange"
-    )
+    parser.add_argument("--step-ms", type=parse_milliseconds, metavar="MS", help="of a step without any exchange")
     parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="of gradients (default float32)")
     parser.add_argument(
         "--nodes", type=parse_nodes, default=_DEFAULT_NODES, metavar="LIST", help="default 1,2,4,8,16,32"

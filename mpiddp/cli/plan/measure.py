@@ -1,7 +1,7 @@
 """What the formulas need, measured between these ranks, through the engine as gradients travel. Collective.
 
-Between nodes every rank sends to the next node's rank of the same place and receives from the one before: both
-directions of each node's link are busy, and all of its ranks share it, as in the algorithms.
+Between nodes every rank exchanges with the rank of its place on another node: both directions of each node's link are
+busy, and all of its ranks share it, as in the algorithms.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .model import Figures, Wire
 __all__ = ["Meter", "measure", "neighbours"]
 
 #: Of messages that MPI sends at once, and of those before which it asks. The rate comes from the large ones.
-_SHORT_NBYTES, _LONG_NBYTES, _LARGE_NBYTES = 4 << 10, 256 << 10, 8 << 20
+_SHORT_NBYTES, _LONG_NBYTES, _LARGE_NBYTES = 4 << 10, 128 << 10, 8 << 20
 
 #: A node's all-reduces, between which a line is drawn.
 _NODE_NBYTES = (64 << 10, 8 << 20)
@@ -30,9 +30,10 @@ ROUNDS = 7
 
 
 def neighbours(nodes: Sequence[int], rank: int, within: bool) -> tuple[int | None, int | None]:
-    """To whom ``rank`` sends and from whom it receives: the ranks of its place on the next node and the one before.
+    """To whom ``rank`` sends and from whom it receives: the rank of its place on another node; in pairs, or where the
+    number of nodes is odd in a ring.
 
-    ``within``: the next rank of its own node and the one before. None where there is no such rank.
+    ``within``: another rank of its own node. None where there is no such rank.
     """
     members: dict[int, list[int]] = {}
     for each, node in enumerate(nodes):
@@ -43,14 +44,16 @@ def neighbours(nodes: Sequence[int], rank: int, within: bool) -> tuple[int | Non
     if len(ring) == 1:
         return None, None
     at = ring.index(rank)
+    if len(ring) % 2 == 0:
+        return ring[at ^ 1], ring[at ^ 1]
     return ring[(at + 1) % len(ring)], ring[at - 1]
 
 
 class Meter:
     """Times exchanges on a lane of its own."""
 
-    def __init__(self, runtime: Runtime, comm: Any, rounds: int = ROUNDS) -> None:
-        self.world, self._engine, self._comm, self._rounds = runtime.world, runtime.engine, comm, rounds
+    def __init__(self, runtime: Runtime, comm: Any) -> None:
+        self.world, self._engine, self._comm = runtime.world, runtime.engine, comm
         self.lane = runtime.channel.lane()
 
     @property
@@ -58,10 +61,10 @@ class Meter:
         """All ranks."""
         return self.lane.link
 
-    def seconds(self, start: Callable[[Link, int], Steps], launches: int = 1) -> float:
+    def seconds(self, start: Callable[[Link, int], Steps], launches: int = 1, rounds: int = ROUNDS) -> float:
         """The median time of ``start``, launched so many times in a row, on the rank where it is largest."""
         times = []
-        for _ in range(self._rounds + 1):
+        for _ in range(rounds + 1):
             self._comm.Barrier()
             began = time.perf_counter()
             for _ in range(launches):
@@ -69,11 +72,13 @@ class Meter:
             times.append(self._largest(time.perf_counter() - began) / launches)
         return statistics.median(times[1:])
 
-    def allreduce(self, flat: torch.Tensor, segment_nbytes: int, launches: int = 1) -> float:
+    def allreduce(self, flat: torch.Tensor, segment_nbytes: int, launches: int = 1, rounds: int = ROUNDS) -> float:
         """Seconds of an all-reduce of ``flat``, as buckets of gradients have it."""
-        return self.seconds(
-            lambda link, tag: select.allreduce(link, flat, ReduceOp.SUM, tag, 1.0, segment_nbytes), launches
-        )
+
+        def start(link: Link, tag: int) -> Steps:
+            return select.allreduce(link, flat, ReduceOp.SUM, tag, 1.0, segment_nbytes)
+
+        return self.seconds(start, launches, rounds)
 
     def node_allreduce(self, flat: torch.Tensor, launches: int) -> float:
         """Seconds of an all-reduce among the ranks of a node."""
@@ -85,13 +90,13 @@ class Meter:
 
     def wire(self, within: bool, segment_nbytes: int) -> Wire:
         """Between nodes, or within them."""
-        short = self._message(_SHORT_NBYTES, _SHORT_NBYTES, within, 32)
-        long = self._message(_LONG_NBYTES, _LONG_NBYTES, within, 8)
-        large = self._message(_LARGE_NBYTES, min(segment_nbytes, _LARGE_NBYTES), within, 2)
+        short = self._message(_SHORT_NBYTES, _SHORT_NBYTES, within, 64)
+        long = self._message(_LONG_NBYTES, _LONG_NBYTES, within, 16)
+        large = self._message(_LARGE_NBYTES, min(segment_nbytes, _LARGE_NBYTES), within, 1)
         byte_s = max(0.0, (large - short) / _LARGE_NBYTES)
         return Wire(max(0.0, short - _SHORT_NBYTES * byte_s), max(0.0, long - _LONG_NBYTES * byte_s), byte_s)
 
-    def _message(self, nbytes: int, segment_nbytes: int, within: bool, several: int) -> float:
+    def _message(self, nbytes: int, segment_nbytes: int, within: bool, launches: int) -> float:
         """Seconds of a message out and one in at the same time, cut into segments."""
         out, back = neighbours(self.world.nodes, self.world.rank, within)
         source, target = (torch.ones(nbytes, dtype=torch.uint8) for _ in range(2))
@@ -99,20 +104,19 @@ class Meter:
 
         def start(link: Link, tag: int) -> Steps:
             sent, received = link.open(source), link.open(target)
-            for _ in range(several):
-                transfers = [received.recv(lo, hi, back, tag) for lo, hi in pieces] if back is not None else []
-                transfers += [sent.send(lo, hi, out, tag) for lo, hi in pieces] if out is not None else []
-                for pending in transfers:
-                    while not pending():
-                        yield None
+            transfers = [received.recv(lo, hi, back, tag) for lo, hi in pieces] if back is not None else []
+            transfers += [sent.send(lo, hi, out, tag) for lo, hi in pieces] if out is not None else []
+            for number, pending in enumerate(transfers):
+                while not pending():
+                    yield number
 
-        return self.seconds(start) / several
+        return self.seconds(start, launches)
 
     def addition(self, dtype: torch.dtype, nbytes: int) -> float:
         """Seconds a byte to add a received piece of so many bytes, all ranks at the same time."""
         x, y = (torch.ones(nbytes // dtype.itemsize, dtype=dtype) for _ in range(2))
         several, times = 8, []
-        for _ in range(self._rounds + 1):
+        for _ in range(ROUNDS + 1):
             self._comm.Barrier()
             began = time.perf_counter()
             for _ in range(several):
