@@ -59,11 +59,6 @@ class Meter:
         self.world, self._engine, self._comm = runtime.world, runtime.engine, comm
         self.lane = runtime.channel.lane()
 
-    @property
-    def link(self) -> Link:
-        """All ranks."""
-        return self.lane.link
-
     def seconds(
         self, start: Callable[[Link, int], Steps], launches: int = 1, rounds: int = ROUNDS, part: float = 0.5
     ) -> float:
