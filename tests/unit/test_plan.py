@@ -97,6 +97,12 @@ def test_partners() -> None:
     assert [neighbours(two_by_two, rank, False) for rank in range(4)] == [(2, 2), (3, 3), (0, 0), (1, 1)]
     assert [neighbours(two_by_two, rank, True) for rank in range(4)] == [(1, 1), (0, 0), (3, 3), (2, 2)]
     assert [neighbours([0, 1, 2], rank, False) for rank in range(3)] == [(1, 2), (2, 0), (0, 1)]
+    four = [0, 1, 2, 3]
+    assert [[neighbours(four, rank, False, turn)[0] for rank in four] for turn in range(2)] == [
+        [1, 0, 3, 2],
+        [3, 2, 1, 0],
+    ]
+    assert neighbours([0, 1], 0, False, 1) == (1, 1)
     assert neighbours([0, 1], 0, True) == (None, None)
 
 

@@ -6,6 +6,7 @@ busy, and all of its ranks share it, as in the algorithms.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -32,9 +33,9 @@ ROUNDS = 7
 _MESSAGE_ROUNDS, _UNDISTURBED = 15, 0.25
 
 
-def neighbours(nodes: Sequence[int], rank: int, within: bool) -> tuple[int | None, int | None]:
+def neighbours(nodes: Sequence[int], rank: int, within: bool, turn: int = 0) -> tuple[int | None, int | None]:
     """To whom ``rank`` sends and from whom it receives: the rank of its place on another node; in pairs, or where the
-    number of nodes is odd in a ring.
+    number of nodes is odd in a ring. With an odd ``turn`` in the other pairs of neighbours: so no pair runs ahead.
 
     ``within``: another rank of its own node. None where there is no such rank.
     """
@@ -48,7 +49,8 @@ def neighbours(nodes: Sequence[int], rank: int, within: bool) -> tuple[int | Non
         return None, None
     at = ring.index(rank)
     if len(ring) % 2 == 0:
-        return ring[at ^ 1], ring[at ^ 1]
+        partner = ring[at ^ 1 if turn % 2 == 0 else (((at + 1) ^ 1) - 1) % len(ring)]
+        return partner, partner
     return ring[(at + 1) % len(ring)], ring[at - 1]
 
 
@@ -101,11 +103,13 @@ class Meter:
 
     def _message(self, nbytes: int, segment_nbytes: int, within: bool, launches: int) -> float:
         """Seconds of a message out and one in at the same time, cut into segments."""
-        out, back = neighbours(self.world.nodes, self.world.rank, within)
+        partners = [neighbours(self.world.nodes, self.world.rank, within, turn) for turn in range(2)]
+        turns = itertools.cycle(partners)
         source, target = (torch.ones(nbytes, dtype=torch.uint8) for _ in range(2))
         pieces = [(lo, min(nbytes, lo + segment_nbytes)) for lo in range(0, nbytes, segment_nbytes)]
 
         def start(link: Link, tag: int) -> Steps:
+            out, back = next(turns)
             sent, received = link.open(source), link.open(target)
             transfers = [received.recv(lo, hi, back, tag) for lo, hi in pieces] if back is not None else []
             transfers += [sent.send(lo, hi, out, tag) for lo, hi in pieces] if out is not None else []
