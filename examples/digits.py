@@ -184,6 +184,7 @@ def main() -> None:
     model = Net().to(device)
     optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
     optimizer = mpiddp.DistributedOptimizer(optimizer, named_parameters=model.named_parameters())
+    exchange = mpiddp.watch_exchange(optimizer)
     train_set, test_set = load_data()
     sampler = mpiddp.ShardSampler(train_set, seed=args.seed)
     # Its own generator, or each new loader would draw from the one that checkpoints keep.
@@ -209,6 +210,7 @@ def main() -> None:
             checkpoints.save(steps_done(sampler))
     if samples:
         progress.line(f"{samples / seconds:.0f} samples/s on {mpiddp.size()} ranks")
+        progress.line(str(exchange))
     accuracy, loss = evaluate(model, test_set, device)
     right = round(accuracy * len(test_set))
     progress.line(f"test accuracy {accuracy:.4%} ({right} of {len(test_set)}), loss {loss:.6f}")

@@ -194,6 +194,7 @@ def main() -> None:
     model = GPT(args).to(device)
     optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95))
     optimizer = mpiddp.DistributedOptimizer(optimizer, named_parameters=model.named_parameters())
+    exchange = mpiddp.watch_exchange(optimizer)
     checkpoints = None
     if args.checkpoint is not None:
         kept = {"model": model, "optimizer": optimizer, "scaler": precision.scaler}
@@ -218,6 +219,7 @@ def main() -> None:
         say(f"step {done:5}/{args.steps}  loss {mean_loss:.3f}  {rate:.0f} tokens/s")
         if checkpoints is not None:
             checkpoints.save(done)
+    say(str(exchange))
     say(f"validation loss {validate(model, validation, precision):.4f} nats a byte")
     if mpiddp.rank() == 0 and args.sample:
         say(f"--- it writes:\n{model.write(PROMPT, args.sample)}\n---")

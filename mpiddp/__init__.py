@@ -16,7 +16,7 @@ from .errors import *
 from .functions import *
 from .metrics import mean
 from .ops import *
-from .optimizer import DistributedOptimizer
+from .optimizer import DistributedOptimizer, watch_exchange
 from .process_set import ProcessSet, global_process_set
 from .recording import start_timeline, stop_timeline
 from .runtime import (
@@ -70,4 +70,5 @@ __all__ = [
     "size",
     "start_timeline",
     "stop_timeline",
+    "watch_exchange",
 ]

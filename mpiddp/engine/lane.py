@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .. import trace
 from ..transport.base import Link, Steps
@@ -15,7 +16,19 @@ from .wire import CYCLE
 if TYPE_CHECKING:
     from .channel import Channel
 
-__all__ = ["FIRST_TAG", "Lane"]
+__all__ = ["FIRST_TAG", "Lane", "Watch"]
+
+
+class Watch(Protocol):
+    """Observes a lane."""
+
+    def observe(self, lane: Lane, start: Callable[[Link, int], Steps]) -> Callable[[Link, int], Steps]:
+        """What is to be run in place of ``start``."""
+        ...
+
+    def waiting(self, lane: Lane) -> AbstractContextManager[None]:
+        """Entered while the lane's owner waits for everything that it has launched."""
+        ...
 
 
 class Lane:
@@ -31,6 +44,7 @@ class Lane:
         self.wanted_cycle = 0
         self.mirror: Callable[[], None] | None = None
         self.refusal: Callable[[], str | None] | None = None
+        self.watch: Watch | None = None
         self._where = channel.ranks, number
         self._counted = channel.presence.lane(lane_key(channel.ranks, number))
         self._first_tag = FIRST_TAG + number % LANES * LANE_TAGS
@@ -53,8 +67,14 @@ class Lane:
         if lost is not None:
             handle.fail(lost)
             return handle
+        if self.watch is not None:
+            start = self.watch.observe(self, start)
         self.channel.enqueue(handle, self.number, self.launched, lambda link: start(link, tag), result)
         return handle
+
+    def waiting(self) -> AbstractContextManager[None]:
+        """To be entered while the owner waits for all that it has launched in this cycle."""
+        return nullcontext() if self.watch is None else self.watch.waiting(self)
 
     def tag(self, number: int) -> int:
         """The tag of the ``number``th launch; later ones have it again."""

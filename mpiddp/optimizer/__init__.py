@@ -1,5 +1,6 @@
 """The distributed optimizer."""
 
 from .distributed import DistributedOptimizer
+from .watch import ExchangeReport, watch_exchange
 
-__all__ = ["DistributedOptimizer"]
+__all__ = ["DistributedOptimizer", "ExchangeReport", "watch_exchange"]

@@ -218,7 +218,7 @@ class Reducer:
             return
         while len(self._under_way) < len(self.layout.buckets):
             self._launch(len(self._under_way), passes)
-        with span("drain"):
+        with span("drain"), self.lane.waiting():
             for sending in self._under_way:
                 sending.turn(self.engine)
             for sending in self._under_way:

@@ -119,7 +119,7 @@ class ShardedReducer(Reducer):
             return
         while len(self._under_way) < len(buckets):
             self._launch(len(self._under_way), passes)
-        with span("drain"):
+        with span("drain"), self.lane.waiting():
             for sending in self._under_way:
                 sending.wait(self.engine)
         self.gradients.averaged.clear()
