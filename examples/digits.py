@@ -209,8 +209,8 @@ def main() -> None:
         if checkpoints is not None:
             checkpoints.save(steps_done(sampler))
     if samples:
-        progress.line(f"{samples / seconds:.0f} samples/s on {mpiddp.size()} ranks")
         progress.line(str(exchange))
+        progress.line(f"{samples / seconds:.0f} samples/s on {mpiddp.size()} ranks")
     accuracy, loss = evaluate(model, test_set, device)
     right = round(accuracy * len(test_set))
     progress.line(f"test accuracy {accuracy:.4%} ({right} of {len(test_set)}), loss {loss:.6f}")
