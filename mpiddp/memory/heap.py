@@ -4,7 +4,7 @@ Autograd allocates each gradient, its hook moves it into a bucket, and it is fre
 until ``zero_grad()``. glibc gives the free end of its heap back to the kernel, by default when that is twice the
 largest block that it has seen freed, and then takes it again for the next gradients page by page, each filled with
 zeros: 3,000 to 10,000 page faults a step for 25 million parameters in layers of 16 MiB, 10 ms of 110. With 64 MiB there
-are none.
+are next to none.
 """
 
 from __future__ import annotations
