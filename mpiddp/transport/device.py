@@ -115,22 +115,19 @@ class DeviceRegion:
 
     def send(self, lo: int, hi: int, peer: int, tag: int) -> Pending:
         """See :class:`~mpiddp.transport.base.Region`."""
-        if lo == hi:
-            return nothing_to_move
-        link, piece, ways = self._link, self._flat[lo:hi], self._ways
-        if ways.way_to(peer) == CUDA_AWARE:
-            transfers = cuda_aware.sends(link.host, link.device, piece, peer, tag)
-            return self._queues.add(peer, True, transfers, cuda_aware.MOST)
-        transfers = staged.sends(link.host, link.device, ways.pinned, piece, peer, tag)
-        return self._queues.add(peer, True, transfers, staged.MOST)
+        return self._move(lo, hi, peer, tag, is_send=True)
 
     def recv(self, lo: int, hi: int, peer: int, tag: int) -> Pending:
         """See :class:`~mpiddp.transport.base.Region`. Once it is complete, the exchange stream sees what has come."""
+        return self._move(lo, hi, peer, tag, is_send=False)
+
+    def _move(self, lo: int, hi: int, peer: int, tag: int, is_send: bool) -> Pending:
         if lo == hi:
             return nothing_to_move
         link, piece, ways = self._link, self._flat[lo:hi], self._ways
         if ways.way_to(peer) == CUDA_AWARE:
-            transfers = cuda_aware.receives(link.host, link.device, piece, peer, tag)
-            return self._queues.add(peer, False, transfers, cuda_aware.MOST)
-        transfers = staged.receives(link.host, link.device, ways.pinned, piece, peer, tag)
-        return self._queues.add(peer, False, transfers, staged.MOST)
+            direct = cuda_aware.sends if is_send else cuda_aware.receives
+            return self._queues.add(peer, is_send, direct(link.host, link.device, piece, peer, tag), cuda_aware.MOST)
+        by_host = staged.sends if is_send else staged.receives
+        transfers = by_host(link.host, link.device, ways.pinned, piece, peer, tag)
+        return self._queues.add(peer, is_send, transfers, staged.MOST)
