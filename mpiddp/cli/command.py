@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import IO, NoReturn
 
 from .. import config, launch
 
-__all__ = ["Command", "Parser", "is_first_rank"]
+__all__ = ["Command", "Parser", "is_first_rank", "parse_positive"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,17 @@ class Command:
 def is_first_rank() -> bool:
     """Whether this process is rank 0, or no rank at all, as far as the launcher's variables tell. Needs no MPI."""
     return launch.detect(config.environ()).rank in (None, 0)
+
+
+def parse_positive(text: str) -> float:
+    """An argument that is a finite number above 0. Raises ArgumentTypeError for anything else."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return value
 
 
 class Parser(argparse.ArgumentParser):

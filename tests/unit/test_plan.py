@@ -119,7 +119,7 @@ def test_numbers_as_people_write_them() -> None:
         (arguments.parse_count, "0.5"),
         (arguments.parse_nodes, "2,0"),
         (arguments.parse_nodes, ""),
-        (arguments.parse_milliseconds, "-1"),
+        (arguments.parse_positive, "-1"),
     ):
         with pytest.raises(argparse.ArgumentTypeError, match=f"'{text}' is"):
             parse(text)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ...dtypes import BY_NAME
-from ..command import Command
+from ..command import Command, parse_positive
 from .contenders import PEERS
 from .models import MODELS, OPTIMIZERS, VARIANTS_OF_MEMORY
 from .sizes import DEFAULT_SIZES, parse_size
@@ -49,18 +49,8 @@ def _dtype(text: str) -> torch.dtype:
     return found
 
 
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return value
-
-
 def _count(text: str) -> int:
-    value = _positive(text)
+    value = parse_positive(text)
     if value != int(value):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
     return int(value)
@@ -74,7 +64,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the rows to FILE, too")
     parser.add_argument("--rounds", type=_count, help="at the most so many timed rounds for each size or model")
-    parser.add_argument("--seconds", type=_positive, help="no new round after this time for one size or model")
+    parser.add_argument("--seconds", type=parse_positive, help="no new round after this time for one size or model")
     parser.add_argument(
         "--peers",
         type=lambda text: _names(text, PEERS, "peer"),

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from ... import runtime
 from .place import Place
 
 __all__ = ["close_gloo", "open_gloo"]
@@ -15,13 +16,14 @@ __all__ = ["close_gloo", "open_gloo"]
 _TIMEOUT = datetime.timedelta(seconds=60)
 
 
-def open_gloo(place: Place, is_one_node: bool) -> str | None:
+def open_gloo(place: Place) -> str | None:
     """Make gloo torch's default process group. Collective; on every rank either None or why some rank could not."""
     store, reason, address = None, None, None
     if not dist.is_available() or not dist.is_gloo_available():
         reason = "this torch has no gloo"
     elif place.rank == 0:
         try:
+            is_one_node = len(set(runtime.current().world.nodes)) == 1
             store = _store("127.0.0.1" if is_one_node else socket.gethostname(), 0, place, is_master=True)
             address = store.host, store.port
         except (RuntimeError, OSError) as error:

@@ -21,9 +21,8 @@ from ...device import local_device
 from ...engine import Lane
 from ...engine.device import WHOLE_NBYTES
 from ...transport.device import CUDA_AWARE, MAPPED, way_between
-from . import accelerator, contenders, plot, reduce
+from . import accelerator, contenders, reduce
 from .accelerator import Accelerator, Marks
-from .gloo import close_gloo
 from .place import Place, arrive, complain, say
 from .sizes import LARGE_FROM_NBYTES, calls_in_block
 from .table import Column, Report, Row, number
@@ -62,12 +61,7 @@ def run(arguments: Namespace) -> int:
             numel = max(1, nbytes // arguments.dtype.itemsize)
             for row in measure(gpu, numel, arguments.dtype, peers, place, limits, sweep, lane):
                 report.add(row)
-    close_gloo()
-    if arguments.plot and place.rank == 0:
-        plot.draw(report.rows, arguments.plot)
-    place.comm.Free()
-    runtime.shutdown()
-    return 0
+    return reduce.finish(report, arguments, place)
 
 
 def measure(

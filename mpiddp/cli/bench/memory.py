@@ -25,11 +25,11 @@ from typing import Any
 
 import torch
 
-from ... import config, launch, runtime
+from ... import config, launch
 from ...config import Config
 from .gloo import close_gloo, open_gloo
 from .models import DDP, LOCAL, MODELS, SHARDED, VARIANTS_OF_MEMORY, Training, can_shard, largest_gradient_nbytes
-from .place import arrive, complain
+from .place import arrive, complain, leave
 from .sizes import size_text
 from .table import Column, Report, Row, number
 
@@ -110,15 +110,14 @@ def run(arguments: Namespace) -> int:
     with Report(COLUMNS, arguments.csv, place.rank == 0) as report:
         report.add(_row(arguments, way, place, found))
     close_gloo()
-    place.comm.Free()
-    runtime.shutdown()
+    leave(place)
     return 0
 
 
 def _why_not(way: str, place: Any) -> str | None:
     if way == SHARDED and not can_shard():
         return "this DistributedOptimizer takes no shard=True"
-    return open_gloo(place, len(set(runtime.current().world.nodes)) == 1) if way == DDP else None
+    return open_gloo(place) if way == DDP else None
 
 
 def _peak_of_training(arguments: Namespace, way: str, rank: int) -> tuple[int, int]:

@@ -14,7 +14,7 @@ import torch
 from ... import binding, runtime
 from ...version import __version__
 
-__all__ = ["Place", "arrive", "cache_nbytes", "complain", "cpu_model", "say"]
+__all__ = ["Place", "arrive", "cache_nbytes", "complain", "cpu_model", "leave", "say"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,12 @@ def arrive() -> Place:
     for line in _header(world, threads):
         say(line)
     return place
+
+
+def leave(place: Place) -> None:
+    """Give back what :func:`arrive` has made. Collective."""
+    place.comm.Free()
+    runtime.shutdown()
 
 
 def _threads(local_size: int) -> int:

@@ -12,12 +12,12 @@ from ... import runtime
 from . import contenders, plot
 from .contenders import Contender
 from .gloo import close_gloo, open_gloo
-from .place import Place, arrive, cache_nbytes, complain, say
+from .place import Place, arrive, cache_nbytes, complain, leave, say
 from .sizes import LARGE_FROM_NBYTES, algorithm_bandwidth, bus_bandwidth, calls_in_block, size_text
 from .table import Column, Report, Row, number
 from .timing import Limits, Timing, interleaved
 
-__all__ = ["COLUMNS", "ROUNDS", "SECONDS", "available", "fitting", "prepared", "rows", "run"]
+__all__ = ["COLUMNS", "ROUNDS", "SECONDS", "available", "finish", "fitting", "prepared", "rows", "run"]
 
 COLUMNS = (
     Column("size_bytes", "size", 9, size_text),
@@ -57,12 +57,7 @@ def run(arguments: Namespace) -> int:
             numel = max(1, nbytes // arguments.dtype.itemsize)
             for row in _measure(numel, arguments.dtype, peers, place, limits, sweep):
                 report.add(row)
-    close_gloo()
-    if arguments.plot and place.rank == 0:
-        plot.draw(report.rows, arguments.plot)
-    place.comm.Free()
-    runtime.shutdown()
-    return 0
+    return finish(report, arguments, place)
 
 
 def prepared(arguments: Namespace, place: Place) -> bool:
@@ -73,11 +68,20 @@ def prepared(arguments: Namespace, place: Place) -> bool:
     return problem is None
 
 
+def finish(report: Report, arguments: Namespace, place: Place) -> int:
+    """Draw the table where that is asked for, and give everything back; the exit code. Collective."""
+    close_gloo()
+    if arguments.plot and place.rank == 0:
+        plot.draw(report.rows, arguments.plot)
+    leave(place)
+    return 0
+
+
 def available(peers: Sequence[str], place: Place) -> list[str]:
     """Those of ``peers`` that there are; says which are left out."""
     found = list(peers)
     if "gloo" in found:
-        reason = open_gloo(place, len(set(runtime.current().world.nodes)) == 1)
+        reason = open_gloo(place)
         if reason is not None:
             found.remove("gloo")
             say(f"# gloo is left out: {reason}")

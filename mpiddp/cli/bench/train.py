@@ -5,11 +5,10 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 
-from ... import runtime
 from ...errors import CollectiveError
 from .gloo import close_gloo, open_gloo
 from .models import DDP, FUSED, LOCAL, MODELS, OPTIMIZERS, OWN, SHARDED, Model, Training, can_shard, parameter_count
-from .place import Place, arrive, say
+from .place import Place, arrive, leave, say
 from .table import Column, Report, Row, number
 from .timing import Limits, Timed, Timing, interleaved
 
@@ -43,8 +42,7 @@ def run(arguments: Namespace) -> int:
                 for row in _measure(model, optimizer, ways, arguments, place, limits):
                     report.add(row)
     close_gloo()
-    place.comm.Free()
-    runtime.shutdown()
+    leave(place)
     return 0
 
 
@@ -56,7 +54,7 @@ def _ways(peers: Sequence[str], place: Place) -> list[str]:
     else:
         say("# mpiddp sharded is left out: this DistributedOptimizer takes no shard=True")
     if "gloo" in peers:
-        reason = open_gloo(place, len(set(runtime.current().world.nodes)) == 1)
+        reason = open_gloo(place)
         if reason is None:
             ways.append(DDP)
         else:

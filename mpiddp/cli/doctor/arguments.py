@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from ... import config
-from ..command import Command, is_first_rank
+from ..command import Command, is_first_rank, parse_positive
 from .checks import findings
 from .examine import examine, look_alone, wait_for_all
 from .facts import Job
@@ -29,21 +29,11 @@ Exit code: 0 nothing or notes, 1 warnings, 2 errors (2 for wrong arguments, too)
 _TIMEOUT_S = 120.0
 
 
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return value
-
-
 def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="write facts and findings as JSON")
     parser.add_argument("--no-measure", action="store_true", help="leave out the bandwidth between ranks")
     parser.add_argument(
-        "--timeout", type=_seconds, default=_TIMEOUT_S, metavar="S", help="give up after S seconds (default 120)"
+        "--timeout", type=parse_positive, default=_TIMEOUT_S, metavar="S", help="give up after S seconds (default 120)"
     )
 
 

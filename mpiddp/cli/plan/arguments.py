@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
 
 from ..bench.models import MODELS
-from ..command import Command
+from ..command import Command, parse_positive
 
-__all__ = ["COMMAND", "parse_count", "parse_milliseconds", "parse_nodes"]
+__all__ = ["COMMAND", "parse_count", "parse_nodes"]
 
 _DESCRIPTION = """\
 Measures latency and bandwidth between the nodes that it is started on, and says what gradients' exchange and training
@@ -49,24 +48,13 @@ def parse_nodes(text: str) -> list[int]:
     return found
 
 
-def parse_milliseconds(text: str) -> float:
-    """A positive number. Raises ArgumentTypeError for anything else."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of milliseconds")
-    return value
-
-
 def _configure(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--parameters", type=parse_count, metavar="N", help="so many are trained, such as 25M")
     what.add_argument(
         "--model", choices=MODELS, help="one of bench's models, whose step is timed here (the default: mlp)"
     )
-    parser.add_argument("--step-ms", type=parse_milliseconds, metavar="MS", help="of a step without any exchange")
+    parser.add_argument("--step-ms", type=parse_positive, metavar="MS", help="of a step without any exchange")
     parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="of gradients (default float32)")
     parser.add_argument(
         "--nodes", type=parse_nodes, default=_DEFAULT_NODES, metavar="LIST", help="default 1,2,4,8,16,32"

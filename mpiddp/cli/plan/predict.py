@@ -10,7 +10,7 @@ from ... import runtime
 from ...config import Config
 from ...dtypes import BY_NAME
 from ..bench.models import LOCAL, MODELS, Training, parameter_count
-from ..bench.place import Place, arrive, say
+from ..bench.place import Place, arrive, leave, say
 from ..bench.sizes import size_text
 from ..bench.table import Column, Report, Row, number
 from ..bench.timing import Limits, Timed, interleaved
@@ -53,8 +53,7 @@ def run(arguments: Namespace) -> int:
         code = 2
         ranks = [here.world.nodes.count(node) for node in sorted(set(here.world.nodes))]
         say(f"# the nodes have {ranks} ranks, and the formulas are for as many on each: start so many on each")
-    place.comm.Free()
-    runtime.shutdown()
+    leave(place)
     return code
 
 
