@@ -9,11 +9,11 @@ from __future__ import annotations
 import atexit
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from . import agreement, binding, config, failure, gpus, launch, log, processes, worker
+from . import config, failure, gpus, log, processes, worker
 from .config import Config
 from .engine import Channel, Engine, Presence
 from .errors import ArgumentError, NotInitializedError, WorkerProcessError
@@ -21,10 +21,11 @@ from .log import logger
 from .memory import NodeMemory
 from .process_set import ProcessSet
 from .sets import ProcessSets, open_channel
+from .surroundings import Surroundings, look_around
 from .timeline import Timeline, mark_ranges
-from .transport.probe import Answer, cuda_aware
+from .transport.probe import Answer
 from .worker import Topology
-from .world import World, is_mpi_running, start_mpi
+from .world import World, start_mpi
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -98,78 +99,45 @@ def init(
         return
     if isinstance(process_sets, str) and process_sets.lower() != "dynamic":
         raise ArgumentError(f"process_sets={process_sets!r} is neither a list of process sets nor 'dynamic'")
-    settings = Config.from_environ(config.environ())
-    log.configure(settings.log_level)
-    started = launch.detect(config.environ())
-    prepared = launch.before_mpi(settings)
-    inquiry = gpus.ask()
-    mpi_ran = is_mpi_running()
-    mpi = start_mpi()
-    library = mpi.Get_library_version().split("\n")[0].split(",")[0].strip("\0 ")
-    launch.check_size(started, mpi.COMM_WORLD.Get_size(), config.environ(), library)
-    # Where MPI starts here, all ranks have come so far together; else the others may be late.
-    end_job = None if mpi_ran else partial(mpi.COMM_WORLD.Abort, 1)
-    with launch.first_words(settings.init_timeout_s, f"rank {mpi.COMM_WORLD.Get_rank()}", end_job):
-        world = World.over(comm)
-        log.bind(world.rank, world.host)
-        settings = agreement.agree(world.comm, settings, library)
-    topology = _topology(world)
-    worker.publish(topology)
-    launch.after_mpi(config.environ())
-    _say(world, prepared.lost, started.kind)
-    gpu, aware, settings = _gpus(world, inquiry, library, settings)
+    wished = Config.from_environ(config.environ())
+    log.configure(wished.log_level)
+    _runtime = runtime = _start(look_around(comm, wished))
+    failure.install(runtime.world.rank, runtime.world.size, start_mpi().COMM_WORLD.Abort, runtime.engine.is_pushing)
+    atexit.register(_at_exit)
+    logger.debug("%r", runtime)
+    mark_ranges(config.environ())
+    if runtime.config.timeline:
+        runtime.timeline.start(runtime.config.timeline, runtime.config.timeline_mark_cycles)
+    for process_set in process_sets if process_sets and not isinstance(process_sets, str) else ():
+        runtime.sets.add(process_set)
+
+
+def _start(found: Surroundings) -> Runtime:
+    """The engine and what it serves. Collective."""
+    world, settings = found.world, found.config
     engine = Engine(world.thread_level, settings.progress_interval_ms / 1000, failure.act_on_pending)
     engine.observe(Presence.on_node(world.node_comm, world.rank), settings.stall_warn_s, settings.stall_abort_s)
     if max(world.nodes) > 0:
         engine.span_hosts()
     memory = NodeMemory.over(world.node_comm)
     channel = open_channel(world.comm, range(world.size), world, settings, memory)
-    channel.link.ways.devices.own = gpu.index
+    channel.link.ways.devices.own = found.gpu.index
     engine.add(channel)
     sets = ProcessSets(world, settings, engine, channel, memory)
     timeline = Timeline(engine, channel, world.host, settings.exit_timeout_s)
-    _runtime = Runtime(
-        processes.generation(), settings, world, topology, engine, channel, sets, timeline, memory, gpu, aware
+    return Runtime(
+        processes.generation(),
+        settings,
+        world,
+        found.topology,
+        engine,
+        channel,
+        sets,
+        timeline,
+        memory,
+        found.gpu,
+        found.cuda_aware,
     )
-    failure.install(world.rank, world.size, mpi.COMM_WORLD.Abort, engine.is_pushing)
-    atexit.register(_at_exit)
-    logger.debug("%r", _runtime)
-    mark_ranges(config.environ())
-    if settings.timeline:
-        timeline.start(settings.timeline, settings.timeline_mark_cycles)
-    for process_set in process_sets if process_sets and not isinstance(process_sets, str) else ():
-        sets.add(process_set)
-
-
-def _topology(world: World) -> Topology:
-    return Topology(*(getattr(world, field.name) for field in fields(Topology)))
-
-
-def _say(world: World, lost: str | None, kind: str) -> None:
-    """What users should know, once a job or once a node."""
-    if lost and world.rank == 0:
-        logger.warning("%s", lost)
-    foreign = launch.foreign_launcher_here()
-    if foreign and world.local_rank == 0:
-        logger.warning("%s", foreign)
-    facts = world.node_comm.gather(binding.facts(), 0)
-    for warning in binding.warnings_for_node(facts, kind) if facts else []:
-        logger.warning("%s", warning)
-
-
-def _gpus(world: World, inquiry: gpus.Inquiry, library: str, settings: Config) -> tuple[gpus.Placement, Answer, Config]:
-    """Whose GPU is which, and what MPI does with their memory; said once where there are any. Collective.
-
-    In the settings that are returned ``cuda_aware`` is what MPI does, not what was wished for.
-    """
-    gpu = gpus.place(world.node_comm, inquiry.answer())
-    wanted = settings.cuda_aware
-    answer = cuda_aware(world.comm, world.nodes, gpu.index, library, wanted)
-    if world.rank == 0 and (gpu.index is not None or answer.cure):
-        say = logger.warning if wanted and not answer.yes else logger.info
-        way = "go to MPI as they are" if answer.yes else "that peers cannot map go by way of host memory"
-        say("tensors on GPUs %s: %s%s", way, answer.why, f"; {answer.cure}" if answer.cure else "")
-    return gpu, answer, replace(settings, cuda_aware=answer.yes)
 
 
 def shutdown() -> None:

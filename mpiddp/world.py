@@ -18,7 +18,7 @@ from .errors import LaunchError
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-__all__ = ["THREAD_LEVELS", "World", "is_mpi_running", "start_mpi"]
+__all__ = ["THREAD_LEVELS", "World", "is_mpi_running", "library_name", "start_mpi"]
 
 #: MPI's thread levels by their value; the standard orders them so.
 THREAD_LEVELS = ("single", "funneled", "serialized", "multiple")
@@ -108,6 +108,13 @@ def start_mpi() -> Any:
             "or leave it True"
         )
     return MPI
+
+
+def library_name() -> str:
+    """What the MPI that is loaded calls itself, with its version: ``Open MPI v5.0.8``."""
+    from mpi4py import MPI
+
+    return MPI.Get_library_version().split("\n")[0].split(",")[0].strip("\0 ")
 
 
 def _on_node(comm: MPI.Intracomm) -> Any:

@@ -20,7 +20,7 @@ LAYERS = (
     {"collectives", "compression"},
     {"engine", "op"},
     {"process_set", "timeline"},
-    {"sets"},
+    {"sets", "surroundings"},
     {"runtime"},
     {"built", "device", "ops", "recording"},
     {"optimizer", "functions", "metrics", "sampler", "sync_batch_norm", "backend"},

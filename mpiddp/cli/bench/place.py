@@ -13,6 +13,7 @@ import torch
 
 from ... import binding, runtime
 from ...version import __version__
+from ...world import library_name
 
 __all__ = ["Place", "arrive", "cache_nbytes", "complain", "cpu_model", "leave", "say"]
 
@@ -67,14 +68,12 @@ def _threads(local_size: int) -> int:
 
 def _header(world: Any, threads: int) -> list[str]:
     import mpi4py
-    from mpi4py import MPI
 
-    library = MPI.Get_library_version().split("\n")[0].split(",")[0].strip("\0 ")
     facts = binding.facts()
     ranks = sorted(set(Counter(world.nodes).values()))
     return [
         f"# mpiddp {__version__}, torch {torch.__version__}, mpi4py {mpi4py.__version__}, "
-        f"Python {platform.python_version()}, {library}, thread level {world.thread_level}",
+        f"Python {platform.python_version()}, {library_name()}, thread level {world.thread_level}",
         f"# {world.size} rank(s) on {len(set(world.nodes))} node(s), {' or '.join(map(str, ranks))} on each; "
         f"{threads} thread(s) a rank; rank 0 on {world.host}",
         f"# {cpu_model()}, {facts.cores(facts.usable)} core(s) usable on rank 0's node",

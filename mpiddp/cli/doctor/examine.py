@@ -16,7 +16,7 @@ from ... import agreement, binding, config, launch, processes, runtime
 from ...config import Config
 from ...errors import ConfigError, LaunchError, MpiddpError
 from ...transport.capability import capability
-from ...world import World, start_mpi
+from ...world import World, library_name, start_mpi
 from . import machine
 from .facts import Facts, Job
 from .measure import measure
@@ -92,7 +92,7 @@ def _with_mpi(watch: Watch, alone: Facts) -> tuple[Facts, World | None]:
         mpi = start_mpi()
     except (MpiddpError, ImportError, RuntimeError, OSError) as error:
         return dataclasses.replace(alone, mpi_problem=_first_line(error)), None
-    own = _of_mpi(alone, mpi)
+    own = _of_mpi(alone)
     try:
         launch.check_size(alone.launch, mpi.COMM_WORLD.size, config.environ(), own.library)
     except LaunchError as error:
@@ -109,11 +109,10 @@ def _with_mpi(watch: Watch, alone: Facts) -> tuple[Facts, World | None]:
     ), world
 
 
-def _of_mpi(alone: Facts, mpi: Any) -> Facts:
+def _of_mpi(alone: Facts) -> Facts:
     import mpi4py
 
-    library = mpi.Get_library_version().split("\n")[0].split(",")[0].strip("\0 ")
-    launcher, environ = processes.daemon(), config.environ()
+    library, launcher, environ = library_name(), processes.daemon(), config.environ()
     pml = capability(False, library, False, False).pml
     chosen = "UCX_NET_DEVICES" if pml == "ucx" else "OMPI_MCA_btl_tcp_if_include"
     return dataclasses.replace(
