@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from .. import runtime
-from ..collectives.base import cut
-from ..compression import Compression, is_lossy
-from ..op import Adasum, Average, Op, Sum
+from ..compression import Compression
+from ..engine import Channel, Engine
+from ..op import Adasum, Average, Op
 from ..ops.submit import channel_of
 from ..process_set import ProcessSet, global_process_set
 from .adasum import wrap_adasum
+from .arguments import check_optimizer, check_ordered, checked_passes, groups_by_position, names_of
 from .clipping import check_max_norm, clip_before_steps
 from .options import Options
 from .powersgd import check_powersgd, ways_of
@@ -59,7 +60,7 @@ class _Distributed(Wrapped):
 
     def set_backward_passes_per_step(self, passes: int) -> None:
         """From the next step on, exchange after so many backwards."""
-        self._mpiddp_reducer.passes = _passes(passes)
+        self._mpiddp_reducer.passes = checked_passes(passes)
 
     def zero_grad(self, *args: Any, **kwargs: Any) -> None:
         """As the wrapped class's; raises while gradients are being exchanged."""
@@ -133,13 +134,13 @@ def DistributedOptimizer(  # noqa: N802 - the name that scripts know
     the ranks' parameters differ in name, shape or dtype.
     """
     here = runtime.current()
-    _check(optimizer, op, gradient_predivide_factor)
-    check_max_norm(max_grad_norm, op)
     is_ordered = here.config.deterministic if deterministic is None else deterministic
-    _check_ordered(is_ordered, op, compression)
+    check_optimizer(optimizer, op, gradient_predivide_factor)
+    check_max_norm(max_grad_norm, op)
+    check_ordered(is_ordered, op, compression)
     check_powersgd(compression, op, shard)
     params = [param for group in optimizer.param_groups for param in group["params"]]
-    names = _names(optimizer, params, named_parameters)
+    names = names_of(optimizer, params, named_parameters)
     if shard:
         check_shardable(optimizer, op)
     if process_set.included() is False:
@@ -148,14 +149,14 @@ def DistributedOptimizer(  # noqa: N802 - the name that scripts know
         return optimizer
     channel = channel_of(process_set)
     if op is Adasum:
-        _passes(backward_passes_per_step)  # they accumulate over whatever comes before step(); checked all the same
+        checked_passes(backward_passes_per_step)  # they accumulate over whatever comes before step()
         return wrap_adasum(optimizer, params, here.engine, channel, compression)
     options = Options(
         average=op is Average,
         average_passes=average_aggregated_gradients,
         compression=compression,
         predivide=gradient_predivide_factor,
-        groups=_groups(params, num_groups, groups),
+        groups=groups_by_position(params, num_groups, groups),
         sparse_as_dense=sparse_as_dense,
         first_nbytes=here.config.first_bucket_nbytes,
         bucket_nbytes=here.config.bucket_nbytes(max(here.world.nodes) + 1),
@@ -163,18 +164,29 @@ def DistributedOptimizer(  # noqa: N802 - the name that scripts know
         segment_nbytes=here.config.segment_kb << 10,
         is_ordered=is_ordered,
     )
-    if shard:
-        return wrap_sharded(
-            optimizer, here.engine, channel, names, _passes(backward_passes_per_step), options, max_grad_norm
-        )
-    become(optimizer, _Distributed)
-    optimizer._mpiddp_reducer = Reducer(  # type: ignore[attr-defined]
-        here.engine, channel, params, names, _passes(backward_passes_per_step), options, *ways_of(options)
+    wrap = wrap_sharded if shard else _wrap
+    return wrap(
+        optimizer, here.engine, channel, names, checked_passes(backward_passes_per_step), options, max_grad_norm
     )
+
+
+def _wrap(
+    optimizer: Any,
+    engine: Engine,
+    channel: Channel,
+    names: Sequence[str],
+    passes: int,
+    options: Options,
+    max_norm: float | None,
+) -> torch.optim.Optimizer:
+    """Make ``optimizer`` average whole gradients."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    become(optimizer, _Distributed)
+    optimizer._mpiddp_reducer = Reducer(engine, channel, params, names, passes, options, *ways_of(options))
     optimizer.register_step_pre_hook(_before_step)
-    clip_before_steps(optimizer, max_grad_norm)
+    clip_before_steps(optimizer, max_norm)
     optimizer.register_step_post_hook(_after_step)
-    return optimizer
+    return optimizer  # type: ignore[no-any-return]
 
 
 def _before_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -198,93 +210,3 @@ def _before_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 def _after_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     optimizer._mpiddp_reducer.exchanged = False
     optimizer._mpiddp_synchronized = False
-
-
-def _check(optimizer: torch.optim.Optimizer, op: Op, predivide: float) -> None:
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"DistributedOptimizer takes a torch.optim.Optimizer, not a {type(optimizer).__name__}")
-    if isinstance(optimizer, Wrapped):
-        raise ValueError("this optimizer is distributed already: wrap it once")
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise ValueError(
-            "LBFGS cannot be distributed: it evaluates the loss several times a step and decides from local values how "
-            "often, so the ranks would drift apart; use a first-order optimizer"
-        )
-    if op not in (Average, Sum, Adasum):
-        raise ValueError(f"gradients are averaged or summed, so op is Average, Sum or Adasum, not {op!r}")
-    if not predivide > 0:
-        raise ValueError(f"gradient_predivide_factor must be positive, not {predivide!r}")
-    if predivide != 1.0 and op is not Average:
-        raise ValueError(f"gradient_predivide_factor={predivide} splits the division of an Average; op is {op!r}")
-
-
-def _check_ordered(is_ordered: bool, op: Op, compression: Any) -> None:
-    if is_ordered and (op is Adasum or is_lossy(compression)):
-        what = "op=Adasum" if op is Adasum else f"lossy compression ({getattr(compression, '__name__', compression)})"
-        raise ValueError(
-            f"deterministic=True (or MPIDDP_DETERMINISTIC=1) does not go with {what}: leave one of them out"
-        )
-
-
-def _groups(
-    params: Sequence[torch.Tensor], num_groups: int, groups: int | Sequence[Sequence[torch.Tensor]] | None
-) -> dict[int, int]:
-    """The number of the group of each parameter that is in one, by its position."""
-    if isinstance(groups, int) and not isinstance(groups, bool):
-        num_groups, groups = groups, None
-    if groups is None:
-        if isinstance(num_groups, bool) or not isinstance(num_groups, int) or num_groups < 0:
-            raise ValueError(f"num_groups is a whole number of at least 0, not {num_groups!r}")
-        parts = cut(0, len(params), num_groups) if num_groups else []
-        return {index: number for number, (lo, hi) in enumerate(parts) for index in range(lo, hi)}
-    if not isinstance(groups, (list, tuple)) or any(not isinstance(group, (list, tuple)) for group in groups):
-        raise ValueError("groups must be a number, or a list of lists of parameters")
-    position = {id(param): index for index, param in enumerate(params)}
-    found: dict[int, int] = {}
-    for number, group in enumerate(groups):
-        for param in group:
-            index = position.get(id(param))
-            if index is None:
-                raise ValueError(f"groups[{number}] has a tensor that is no parameter of the optimizer")
-            if index in found:
-                raise ValueError(f"a parameter is in groups {found[index]} and {number}; groups must not overlap")
-            found[index] = number
-    return found
-
-
-def _passes(passes: int) -> int:
-    if isinstance(passes, bool) or not isinstance(passes, int) or passes < 1:
-        raise ValueError(f"backward_passes_per_step is a whole number of at least 1, not {passes!r}")
-    return passes
-
-
-def _names(
-    optimizer: torch.optim.Optimizer,
-    params: list[torch.Tensor],
-    named_parameters: Iterable[tuple[str, torch.Tensor]] | None,
-) -> list[str]:
-    """A name for each parameter: the given ones, or its group and place."""
-    if named_parameters is None:
-        return [
-            f"group{number}.{at}"
-            for number, group in enumerate(optimizer.param_groups)
-            for at in range(len(group["params"]))
-        ]
-    pairs = list(named_parameters)
-    if any(not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)) for pair in pairs):
-        raise ValueError(
-            "named_parameters must be pairs of a name and a parameter, as model.named_parameters() gives them"
-        )
-    seen: set[str] = set()
-    duplicates = sorted({name for name, _ in pairs if name in seen or seen.add(name)})  # type: ignore[func-returns-value]
-    if duplicates:
-        raise ValueError(f"named_parameters has names more than once: {', '.join(duplicates)}; names must be unique")
-    name_of = {id(param): name for name, param in pairs}
-    unnamed = [at for at, param in enumerate(params) if id(param) not in name_of]
-    if unnamed:
-        raise ValueError(
-            f"named_parameters names {len(params) - len(unnamed)} of the optimizer's {len(params)} parameters; "
-            f"those at positions {unnamed[:10]} have no name. Pass the named_parameters() of every model that it "
-            "optimizes, or none"
-        )
-    return [name_of[id(param)] for param in params]

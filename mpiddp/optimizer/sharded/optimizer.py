@@ -12,6 +12,7 @@ import torch
 from ...engine import Channel, Engine
 from ...errors import MpiddpError
 from ...trace import span
+from ..arguments import checked_passes
 from ..options import Options
 from ..wrapped import Wrapped, become
 from .gradient import ShardedGradient
@@ -54,9 +55,7 @@ class _Sharded(Wrapped):
 
     def set_backward_passes_per_step(self, passes: int) -> None:
         """From the next step on, exchange after so many backwards."""
-        if isinstance(passes, bool) or not isinstance(passes, int) or passes < 1:
-            raise ValueError(f"backward_passes_per_step is a whole number of at least 1, not {passes!r}")
-        self._mpiddp_reducer.passes = passes
+        self._mpiddp_reducer.passes = checked_passes(passes)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As the wrapped class's; raises while gradients are being exchanged."""
