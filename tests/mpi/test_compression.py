@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from tests.mpi.training import assert_replicas_equal
+
 pytestmark = pytest.mark.ranks(2, 3)
 
 
@@ -30,11 +32,6 @@ def batch(step: int, world: Any) -> torch.Tensor:
     """12 words, of which each rank has its part."""
     words = torch.randint(20, (12,), generator=torch.Generator().manual_seed(step))
     return words.chunk(world.size())[world.rank()]
-
-
-def assert_replicas_equal(world: Any, model: nn.Module) -> None:
-    flat = torch.cat([param.detach().reshape(-1) for param in model.parameters()])
-    assert all(torch.equal(flat, other) for other in world.allgather(flat.unsqueeze(0)))
 
 
 def train(world: Any, compression: Any, steps: int, **options: Any) -> nn.Module:

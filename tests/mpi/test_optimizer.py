@@ -12,54 +12,11 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from tests.mpi.training import ROWS, assert_close, assert_replicas_equal, batch, build, shard, shrink_buckets
+
 pytestmark = pytest.mark.ranks(2, 3, 4)
 
 STEPS = 6
-ROWS = 12  # divisible by 2, 3 and 4
-
-
-class Net(nn.Module):
-    """Has a head that is never used, and a block that some steps skip."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(6, 16)
-        self.skipped = nn.Linear(16, 16)
-        self.last = nn.Linear(16, 3)
-        self.unused = nn.Linear(16, 2)
-
-    def forward(self, x: torch.Tensor, skip: bool = False) -> torch.Tensor:
-        hidden = torch.tanh(self.first(x))
-        if not skip:
-            hidden = hidden + torch.tanh(self.skipped(hidden))
-        return self.last(hidden)
-
-
-def build(seed: int = 0) -> Net:
-    torch.manual_seed(seed)
-    return Net().double()
-
-
-def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(step)
-    x = torch.randn(ROWS, 6, generator=generator, dtype=torch.float64)
-    return x, torch.randn(ROWS, 3, generator=generator, dtype=torch.float64)
-
-
-def shard(world: Any, rows: torch.Tensor) -> torch.Tensor:
-    return rows.chunk(world.size())[world.rank()]
-
-
-def assert_replicas_equal(world: Any, model: nn.Module) -> None:
-    flat = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
-    everyone = world.allgather(flat.unsqueeze(0))
-    assert all(torch.equal(everyone[0], other) for other in everyone), "the replicas drifted apart"
-
-
-def assert_close(model: nn.Module, reference: nn.Module) -> None:
-    for (name, mine), theirs in zip(model.named_parameters(), reference.parameters(), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
-
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9, weight_decay=0.01),
@@ -93,16 +50,6 @@ def test_equals_one_process_over_the_whole_batch(
         plain.step()
         assert_replicas_equal(world, model)
     assert_close(model, reference)
-
-
-def shrink_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several buckets even in a small model."""
-    from mpiddp.optimizer import distributed
-
-    original = distributed.Options
-    monkeypatch.setattr(
-        distributed, "Options", lambda **kwargs: original(**kwargs | {"first_nbytes": 256, "bucket_nbytes": 1024})
-    )
 
 
 def test_a_gradient_is_a_view_of_its_bucket(world: Any) -> None:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-pytestmark = pytest.mark.ranks(2, 3, 4)
+from tests.mpi.training import ROWS, assert_replicas_equal, shard
 
-ROWS = 12  # divisible by 2, 3 and 4
+pytestmark = pytest.mark.ranks(2, 3, 4)
 
 
 def build(seed: int = 0) -> nn.Module:
@@ -21,16 +21,6 @@ def build(seed: int = 0) -> nn.Module:
 
 def batch(step: int) -> torch.Tensor:
     return torch.randn(ROWS, 5, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
-
-
-def shard(world: Any, rows: torch.Tensor) -> torch.Tensor:
-    return rows.chunk(world.size())[world.rank()]
-
-
-def assert_replicas_equal(world: Any, params: Any) -> None:
-    flat = torch.cat([param.detach().reshape(-1) for param in params])
-    everyone = world.allgather(flat.unsqueeze(0))
-    assert all(torch.equal(everyone[0], other) for other in everyone), "the replicas drifted apart"
 
 
 def train(world: Any, options: dict[str, Any], *, steps: int = 4, tolerance: float = 1e-9, factor: float = 1.0) -> None:
@@ -46,7 +36,7 @@ def train(world: Any, options: dict[str, Any], *, steps: int = 4, tolerance: flo
         (factor * reference(batch(step)).pow(2).mean()).backward()
         optimizer.step()
         plain.step()
-        assert_replicas_equal(world, model.parameters())
+        assert_replicas_equal(world, model)
     for mine, theirs in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance)
 
@@ -117,7 +107,7 @@ def test_groups(world: Any) -> None:
     buckets = [set(bucket.indices) for bucket in optimizer._mpiddp_reducer.layout.buckets]
     assert {0, 5} in buckets and {2} in buckets
     optimizer.step()
-    assert_replicas_equal(world, params)
+    assert_replicas_equal(world, model)
     stranger = nn.Parameter(torch.ones(1))
     for wrong in ([[params[0]], [params[0]]], [[stranger]], [params[0]], -1, "two", [["weight"]]):
         with pytest.raises(ValueError, match="group"):
@@ -201,7 +191,7 @@ def test_sparse_embeddings(world: Any, as_dense: bool, options: str) -> None:
         torch.testing.assert_close(dense, reference.embedding.weight.grad, rtol=tolerance, atol=tolerance)
         optimizer.step()
         plain.step()
-        assert_replicas_equal(world, model.parameters())
+        assert_replicas_equal(world, model)
     for mine, theirs in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance)
 
@@ -224,7 +214,7 @@ def test_sparse_on_one_rank_only(world: Any) -> None:
         expected[[step, 9]] -= torch.tensor([[2.0], [1.0]]).double() / size
         torch.testing.assert_close(model.embedding.weight.detach(), expected)
         torch.testing.assert_close(model.head.bias.detach(), torch.full((1,), -1.0 - step).double())
-    assert_replicas_equal(world, model.parameters())
+    assert_replicas_equal(world, model)
 
 
 def test_sparse_here_and_dense_there(world: Any) -> None:
@@ -286,7 +276,7 @@ def test_sparse_adam(world: Any) -> None:
         optimizer.step()
         plain.step()
     torch.testing.assert_close(model.embedding.weight, reference.embedding.weight, rtol=1e-9, atol=1e-9)
-    assert_replicas_equal(world, model.embedding.parameters())
+    assert_replicas_equal(world, model.embedding)
 
 
 # -- process sets ------------------------------------------------------------------------------------------------------
@@ -346,7 +336,7 @@ def test_a_model_split_over_processes(world: Any) -> None:
             optimizer.step()
         torch.testing.assert_close(piece.detach(), whole[0].detach()[place * cut : (place + 1) * cut])
         torch.testing.assert_close(head.weight, whole[1])
-        assert_replicas_equal(world, head.parameters())
+        assert_replicas_equal(world, head)
     for one in sets.values():
         if one is not everyone:
             world.remove_process_set(one)
@@ -397,7 +387,7 @@ def test_requires_grad_changes(world: Any, passes: int, average: bool) -> None:
     for _ in range(passes):
         model(shard(world, batch(100))).pow(2).mean().backward()
     optimizer.step()
-    assert_replicas_equal(world, model.parameters())
+    assert_replicas_equal(world, model)
 
 
 def test_zero_grad_in_every_way(world: Any) -> None:
@@ -439,7 +429,7 @@ def test_zero_grad_within_a_backward(world: Any, monkeypatch: pytest.MonkeyPatch
         assert len(said) == 1 and "zero_grad" in said[0]
         optimizer.step()
         optimizer.zero_grad()
-    assert_replicas_equal(world, model.parameters())
+    assert_replicas_equal(world, model)
 
 
 def test_state_dicts(world: Any) -> None:
@@ -482,7 +472,7 @@ def test_buffers_and_parameters_are_broadcast(world: Any) -> None:
     assert all(other == seen[0] for other in seen)
     model(torch.randn(4, 2)).sum().backward()
     optimizer.step()
-    assert_replicas_equal(world, model.parameters())
+    assert_replicas_equal(world, model)
     world.broadcast_parameters(model.named_parameters(), 1)
     world.broadcast_parameters(list(model.named_buffers()), 1)
     for wrong in (model, 3, torch.ones(1)):

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.mpi.test_sharded import OPTIMIZERS, assert_close, assert_replicas_equal, batch, build, groups, loss_of, part
+from tests.mpi.test_sharded import OPTIMIZERS, groups
+from tests.mpi.training import assert_close, assert_replicas_equal, batch, build, loss_of, part
 
 pytestmark = pytest.mark.ranks(2, 3, 4)
 
