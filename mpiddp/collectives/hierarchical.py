@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 
 from ..transport.base import Levels, Steps
-from ..transport.node import Session
+from ..transport.session import Session
 from . import cuda_ipc, ring, shared_rounds
 from .base import ReduceOp, cut
 from .shared_memory import aligned_cut

@@ -11,24 +11,26 @@ import ctypes
 import torch
 
 from ..dtypes import name_of
-from ..transport.areas import AREA_NBYTES
+from ..transport.areas import AREA_NBYTES, MEETING_AREA_NBYTES
 from ..transport.base import Steps
-from ..transport.node import STAGED, Node
+from ..transport.node import Node
+from ..transport.session import STAGED, Session
 from .base import ReduceOp
 from .reduction import NUMPY_DTYPES, numpy_can, numpy_reduce
 
-__all__ = ["allreduce", "is_possible"]
+__all__ = ["allreduce", "allreduce_in", "is_possible"]
 
 #: What each rank reads of all its peers, at the most: above it, sharing the additions saves more than a step costs.
-_READ_NBYTES = 256 << 10
+_READ_NBYTES, _MEETING_READ_NBYTES = 256 << 10, 3 << 19
 
 
-def is_possible(node: Node, flat: torch.Tensor, scale: float) -> bool:
+def is_possible(node: Node, flat: torch.Tensor, scale: float, is_meeting: bool = False) -> bool:
     """Whether this is the way for such a tensor: the same answer on all ranks."""
+    room, most = (MEETING_AREA_NBYTES, _MEETING_READ_NBYTES) if is_meeting else (AREA_NBYTES, _READ_NBYTES)
     return (
         node.areas is not None
-        and 0 < flat.nbytes <= AREA_NBYTES
-        and flat.nbytes * (node.size - 1) <= _READ_NBYTES
+        and 0 < flat.nbytes <= room
+        and flat.nbytes * (node.size - 1) <= most
         and flat.is_cpu
         and numpy_can(name_of(flat.dtype), scale)
     )
@@ -36,11 +38,16 @@ def is_possible(node: Node, flat: torch.Tensor, scale: float) -> bool:
 
 def allreduce(node: Node, flat: torch.Tensor, op: ReduceOp, tag: int, scale: float = 1.0) -> Steps:
     """``flat`` becomes ``scale * (x_0 op x_1 op ... op x_{p-1})`` on every rank, bit for bit the same."""
-    assert node.areas is not None
     with (yield from node.enter(tag)) as session:
-        ctypes.memmove(node.areas.address(node.rank, session.slot), flat.data_ptr(), flat.nbytes)
-        session.count(STAGED, 1)
-        while not session.have(STAGED, 1):
-            yield None
-        parts = node.areas.views(session.slot, flat.nbytes, NUMPY_DTYPES[name_of(flat.dtype)])
-        numpy_reduce(parts, op, scale, flat.numpy())
+        yield from allreduce_in(session, node, flat, op, scale)
+
+
+def allreduce_in(session: Session, node: Node, flat: torch.Tensor, op: ReduceOp, scale: float = 1.0) -> Steps:
+    """:func:`allreduce` as a part of an exchange that goes on."""
+    assert node.areas is not None
+    ctypes.memmove(node.areas.address(node.rank, session.slot), flat.data_ptr(), flat.nbytes)
+    session.count(STAGED, 1)
+    while not session.have(STAGED, 1):
+        yield None
+    parts = node.areas.views(session.slot, flat.nbytes, NUMPY_DTYPES[name_of(flat.dtype)])
+    numpy_reduce(parts, op, scale, flat.numpy())

@@ -14,7 +14,7 @@ from .base import ReduceOp
 
 _Array = np.ndarray[Any, Any]
 
-__all__ = ["NUMPY_DTYPES", "Reduction", "may_scale_first", "numpy_can", "numpy_reduce"]
+__all__ = ["NUMPY_DTYPES", "ArrayReduction", "Reduction", "may_scale_first", "numpy_can", "numpy_reduce"]
 
 #: What numpy computes as torch does, to the bit, at a third of the cost for a few KiB.
 NUMPY_DTYPES = {name: np.dtype(name) for name in ("float32", "float64", "int32", "int64")}
@@ -41,6 +41,32 @@ def numpy_reduce(parts: Sequence[_Array], op: int, scale: float, out: _Array | N
         if scale != 1.0:
             total = np.multiply(total, total.dtype.type(scale), out=out)
     return total
+
+
+class ArrayReduction:
+    """:class:`Reduction` of numpy's arrays, of what :func:`numpy_can` take."""
+
+    __slots__ = ("_combine", "_factor", "_scratch", "dtype")
+
+    def __init__(self, op: ReduceOp, dtype: str, scale: float, size: int, numel: int) -> None:
+        self.dtype = NUMPY_DTYPES[dtype]
+        self._combine = _NUMPY_COMBINE[op]
+        self._factor = self.dtype.type(scale) if scale != 1.0 else None
+        self._scratch = np.empty(numel if size > 2 else 0, self.dtype)
+
+    def __call__(self, parts: Sequence[_Array], out: _Array) -> None:
+        """See :meth:`Reduction.__call__`."""
+        combine, total = self._combine, out
+        if len(parts) > 2 and any(part is out for part in parts[2:]):
+            total = self._scratch[: len(out)]
+        with np.errstate(all="ignore"):
+            combine(parts[0], parts[1], out=total)
+            for part in parts[2:]:
+                combine(total, part, out=total)
+            if self._factor is not None:
+                np.multiply(total, self._factor, out=total)
+        if total is not out:
+            np.copyto(out, total)
 
 
 class Reduction:

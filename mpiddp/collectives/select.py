@@ -6,10 +6,21 @@ import torch
 
 from ..transport.base import Link, Steps
 from ..transport.node import Node
+from ..transport.session import Meeting
 from . import cuda_ipc, doubling, hierarchical, one_shot, ordered, pairwise, ring, shared_memory, shared_rounds, tree
 from .base import Bounds, ReduceOp
 
-__all__ = ["DOUBLING_NBYTES", "allgather", "allreduce", "allreduce_by", "alltoall", "broadcast", "reduce_scatter"]
+__all__ = [
+    "DOUBLING_NBYTES",
+    "allgather",
+    "allreduce",
+    "allreduce_by",
+    "allreduce_met",
+    "alltoall",
+    "broadcast",
+    "reduce_scatter",
+    "shared_node",
+]
 
 #: Up to here the number of steps counts, above it the bytes. Measured at 2 to 4 ranks on one host.
 DOUBLING_NBYTES = 32 << 10
@@ -62,7 +73,15 @@ def allreduce(
     return ring.allreduce(link, flat, op, tag, scale, segment_nbytes)
 
 
-def _shared(link: Link) -> Node | None:
+def allreduce_met(link: Link, meeting: Meeting, flat: torch.Tensor, op: ReduceOp, scale: float) -> Steps:
+    """:func:`allreduce` as a meeting of the members, which share memory."""
+    assert link.node is not None
+    if one_shot.is_possible(link.node, flat, scale, is_meeting=True):
+        return one_shot.allreduce_in(meeting, link.node, flat, op, scale)
+    return shared_memory.allreduce_in(meeting, flat, op, scale, link.algorithm == ORDERED)
+
+
+def shared_node(link: Link) -> Node | None:
     """The node's memory, where exchanges are to go through it."""
     return link.node if link.algorithm in ("", SHARED_MEMORY, ORDERED) else None
 
@@ -78,7 +97,7 @@ def reduce_scatter(
     is_ordered: bool = False,
 ) -> Steps:
     """``flat[slice(*bounds[r])]`` becomes the reduction of that chunk on rank r; the others may be overwritten."""
-    node = _shared(link)
+    node = shared_node(link)
     if node is not None:
         return shared_rounds.reduce_scatter(node, flat, bounds, op, tag, scale)
     if link.gpus is not None:
@@ -92,7 +111,7 @@ def allgather(
     link: Link, flat: torch.Tensor, bounds: Bounds, tag: int, segment_nbytes: int = ring.SEGMENT_NBYTES
 ) -> Steps:
     """Every rank's ``flat[slice(*bounds[r])]`` reaches all ranks."""
-    node = _shared(link)
+    node = shared_node(link)
     if node is not None:
         return shared_rounds.allgather(node, flat, bounds, tag)
     if link.gpus is not None:
@@ -102,7 +121,7 @@ def allgather(
 
 def broadcast(link: Link, flat: torch.Tensor, root: int, tag: int) -> Steps:
     """``flat`` becomes what it is on ``root``, a member's rank, on every rank."""
-    node = _shared(link)
+    node = shared_node(link)
     if node is not None:
         return shared_rounds.broadcast(node, flat, root, tag)
     if link.gpus is not None:
@@ -115,7 +134,7 @@ def alltoall(
 ) -> Steps:
     """``source[slice(*outgoing[r])]`` reaches rank r; what rank r sends here lands in
     ``target[slice(*incoming[r])]``."""
-    node = _shared(link)
+    node = shared_node(link)
     if node is not None:
         return shared_rounds.alltoall(node, source, outgoing, target, incoming, tag)
     return pairwise.alltoall(link, source, outgoing, target, incoming, tag)

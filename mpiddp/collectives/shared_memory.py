@@ -12,17 +12,20 @@ r-th part, and all take the parts from their owners.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from ..dtypes import scale_
 from ..transport.base import Steps
-from ..transport.node import ARRIVED, REDUCED, STAGED, TAKEN, Node, Session
+from ..transport.node import Node
+from ..transport.session import ARRIVED, REDUCED, STAGED, TAKEN, Session
 from .base import ReduceOp, cut
-from .reduction import Reduction, may_scale_first
+from .blocks import Blocks, blocks_of
+from .reduction import may_scale_first
 
-__all__ = ["BLOCK_NBYTES", "DEPTH", "STAGED_NBYTES", "allreduce", "block_numel", "most_numel"]
+__all__ = ["BLOCK_NBYTES", "DEPTH", "STAGED_NBYTES", "allreduce", "allreduce_in", "block_numel", "most_numel"]
 
 #: What is reduced at once of a tensor in shared memory: two or three such blocks fit in a core's L2 cache.
 BLOCK_NBYTES = 256 << 10
@@ -54,16 +57,23 @@ def allreduce(
     ``is_ordered``: the same bits for subnormal numbers and at the edge of overflow, too, as if nothing was staged.
     """
     if node.size == 1 or flat.numel() == 0:
-        return _alone(flat, scale)
-    numel = min(flat.numel(), most_numel(flat))
-    is_small = flat.nbytes <= DIRECT_NBYTES and flat.nbytes * (node.size - 1) <= _DIRECT_READ_NBYTES
-    is_direct = (is_small or _reads_all(node, flat)) and not is_ordered
+        scale_(flat, scale)
+        return
+    with (yield from node.enter(tag)) as session:
+        yield from allreduce_in(session, flat, op, scale, is_ordered)
+
+
+def allreduce_in(
+    session: Session, flat: torch.Tensor, op: ReduceOp, scale: float = 1.0, is_ordered: bool = False
+) -> Steps:
+    """:func:`allreduce` as a part of an exchange that goes on."""
+    size, numel = session.size, min(flat.numel(), most_numel(flat))
+    is_small = flat.nbytes <= DIRECT_NBYTES and flat.nbytes * (size - 1) <= _DIRECT_READ_NBYTES
+    is_direct = (is_small or _reads_all(size, flat)) and not is_ordered
     first = scale if is_direct and may_scale_first(op, flat.dtype, scale) else 1.0
-    direct = Reduction(op, flat.dtype, scale / first, node.size, numel)
     if is_small:
-        return _small(node, flat, direct, first, tag)
-    whole = direct if first == 1.0 else Reduction(op, flat.dtype, scale, node.size, numel)
-    return _steps(node, flat, whole, direct, first, tag)
+        return _small(session, flat, blocks_of(flat, op, scale, first, size, numel))
+    return _large(session, flat, lambda first: blocks_of(flat, op, scale, first, size, numel), first)
 
 
 def block_numel(nbytes: int, flat: torch.Tensor) -> int:
@@ -76,126 +86,111 @@ def most_numel(flat: torch.Tensor) -> int:
     return block_numel(max(BLOCK_NBYTES, STAGED_NBYTES), flat)
 
 
-def _reads_all(node: Node, flat: torch.Tensor) -> bool:
+def _reads_all(size: int, flat: torch.Tensor) -> bool:
     """Whether every rank adds all of what is staged, and not its part alone."""
-    return node.size == 2 or flat.nbytes * (node.size - 1) <= STAGED_READ_NBYTES
+    return size == 2 or flat.nbytes * (size - 1) <= STAGED_READ_NBYTES
 
 
-def _alone(flat: torch.Tensor, scale: float) -> Steps:
-    scale_(flat, scale)
-    yield from ()
+def _small(session: Session, flat: torch.Tensor, blocks: Blocks) -> Steps:
+    nbytes = _SMALL_NBYTES if flat.nbytes <= _SMALL_NBYTES else DEPTH * STAGED_NBYTES
+    stage = session.stage(nbytes)
+    if flat.numel() > most_numel(flat):
+        yield from _direct(session, flat, blocks, stage, most_numel(flat))
+        return
+    whole, own = blocks.flat(flat), blocks.flat(stage[: flat.nbytes].view(flat.dtype))
+    blocks.stage(whole, own)
+    session.count(STAGED, 1)
+    yield from session.wait(STAGED, 1)
+    parts = [
+        own if member == session.rank else blocks.flat(session.peer_stage(member, flat.nbytes).view(flat.dtype))
+        for member in range(session.size)
+    ]
+    blocks.reduce(parts, whole)
 
 
-def _small(node: Node, flat: torch.Tensor, reduction: Reduction, first: float, tag: int) -> Steps:
-    with (yield from node.enter(tag)) as session:
-        nbytes = _SMALL_NBYTES if flat.nbytes <= _SMALL_NBYTES else DEPTH * STAGED_NBYTES
-        stage = session.stage(nbytes)
-        if flat.numel() > most_numel(flat):
-            yield from _direct(session, flat, reduction, first, stage, most_numel(flat))
+def _large(session: Session, flat: torch.Tensor, blocks: Callable[[float], Blocks], first: float) -> Steps:
+    is_shown = session.show(flat)
+    session.count(ARRIVED, 1)
+    if is_shown:  # a rank whose tensor is not need not wait to know that not all are
+        whole = blocks(1.0)
+        yield from session.wait(ARRIVED, 1)
+        if session.all_shown():
+            yield from _in_place(session, flat, whole)
             return
-        own = stage[: flat.nbytes].view(flat.dtype)
-        _stage(flat, first, own)
-        session.count(STAGED, 1)
-        yield from session.wait(STAGED, 1)
-        parts = [
-            own if member == session.rank else session.peer_stage(member, flat.nbytes).view(flat.dtype)
-            for member in range(session.size)
-        ]
-        reduction(parts, flat)
-
-
-def _stage(block: torch.Tensor, first: float, room: torch.Tensor) -> None:
-    """Copy a block, scaled, into the staging buffer."""
-    if first == 1.0:
-        room.copy_(block)
+    stage, numel = session.stage(DEPTH * STAGED_NBYTES), block_numel(STAGED_NBYTES, flat)
+    if _reads_all(session.size, flat):
+        yield from _direct(session, flat, blocks(first), stage, numel)
     else:
-        torch.mul(block, first, out=room)
+        yield from _chunked(session, flat, blocks(1.0), stage, numel)
 
 
-def _steps(node: Node, flat: torch.Tensor, reduction: Reduction, direct: Reduction, first: float, tag: int) -> Steps:
-    with (yield from node.enter(tag)) as session:
-        is_shown = session.show(flat)
-        session.count(ARRIVED, 1)
-        if is_shown:  # a rank whose tensor is not need not wait to know that not all are
-            yield from session.wait(ARRIVED, 1)
-            if session.all_shown():
-                yield from _in_place(session, flat, reduction)
-                return
-        stage, numel = session.stage(DEPTH * STAGED_NBYTES), block_numel(STAGED_NBYTES, flat)
-        if _reads_all(node, flat):
-            yield from _direct(session, flat, direct, first, stage, numel)
-        else:
-            yield from _chunked(session, flat, reduction, stage, numel)
-
-
-def _in_place(session: Session, flat: torch.Tensor, reduction: Reduction) -> Steps:
+def _in_place(session: Session, flat: torch.Tensor, blocks: Blocks) -> Steps:
     rank, peers, numel = session.rank, session.peers, block_numel(BLOCK_NBYTES, flat)
     lo, hi = aligned_cut(flat.numel(), session.size, flat.element_size())[rank]
     tensors = [flat if member == rank else session.tensor(member, flat) for member in range(session.size)]
-    blocks = zip(*(torch.unsafe_split(tensor[lo:hi], numel) for tensor in tensors), strict=True)
+    pieces = zip(*(blocks.split(blocks.flat(tensor)[lo:hi], numel) for tensor in tensors), strict=True)
     turn = _TURN_NBYTES // BLOCK_NBYTES
-    for number, parts in enumerate(blocks if lo < hi else ()):
-        reduction(parts, parts[rank])
+    for number, parts in enumerate(pieces):
+        own = parts[rank]
+        blocks.reduce(parts, own)
         for peer in peers:
-            parts[peer].copy_(parts[rank])
+            blocks.copy(own, parts[peer])
         if number % turn == turn - 1:
             yield number
     session.count(REDUCED, 1)
     yield from session.wait(REDUCED, 1)
 
 
-def _direct(
-    session: Session, flat: torch.Tensor, reduction: Reduction, first: float, stage: torch.Tensor, numel: int
-) -> Steps:
-    """Blocks of ``numel`` elements at most, scaled by ``first`` on their way into the staging buffer.
+def _direct(session: Session, flat: torch.Tensor, blocks: Blocks, stage: torch.Tensor, numel: int) -> Steps:
+    """Blocks of ``numel`` elements at most, scaled by ``blocks.first`` on their way into the staging buffer.
 
     What has been staged is reduced first, while it is in the cache; only who would wait stages ahead.
     """
-    blocks, rank, depth = torch.unsafe_split(flat, numel), session.rank, DEPTH
-    own = _rooms(stage, blocks, depth)
+    pieces, rank, depth = blocks.split(blocks.flat(flat), numel), session.rank, DEPTH
+    own = _rooms(blocks, stage, flat, numel)
     rooms: list[_Rooms] = []
     staged = taken = 0
-    while taken < len(blocks):
+    while taken < len(pieces):
         if taken < staged and session.have(STAGED, taken + 1):
-            rooms = rooms or _all_rooms(session, stage, blocks, depth)
-            block = blocks[taken]
+            rooms = rooms or _all_rooms(session, blocks, stage, flat, numel)
+            block = pieces[taken]
             parts = [each(taken) for each in rooms]
-            if first == 1.0:
+            if blocks.first == 1.0:
                 parts[rank] = block
-            reduction(parts, block)
+            blocks.reduce(parts, block)
             taken += 1
             session.count(TAKEN, taken)
-        elif staged < min(len(blocks), taken + depth) and _is_free(session, staged, depth):
-            _stage(blocks[staged], first, own(staged))
+        elif staged < min(len(pieces), taken + depth) and _is_free(session, staged, depth):
+            blocks.stage(pieces[staged], own(staged))
             staged += 1
             session.count(STAGED, staged)
         else:
             yield staged + taken
 
 
-def _chunked(session: Session, flat: torch.Tensor, reduction: Reduction, stage: torch.Tensor, numel: int) -> Steps:
+def _chunked(session: Session, flat: torch.Tensor, blocks: Blocks, stage: torch.Tensor, numel: int) -> Steps:
     """As :func:`_direct`, but each rank reduces its part of each block only, in its own staging buffer."""
-    blocks, rank, depth = torch.unsafe_split(flat, numel), session.rank, DEPTH
-    own = _rooms(stage, blocks, depth)
+    pieces, rank, depth = blocks.split(blocks.flat(flat), numel), session.rank, DEPTH
+    own = _rooms(blocks, stage, flat, numel)
     rooms: list[_Rooms] = []
     staged = reduced = taken = 0
-    while taken < len(blocks):
+    while taken < len(pieces):
         if taken < reduced and session.have(REDUCED, taken + 1):
-            block = blocks[taken]
-            for owner, (lo, hi) in enumerate(aligned_cut(block.numel(), session.size, flat.element_size())):
-                block[lo:hi].copy_(rooms[owner](taken)[lo:hi])
+            block = pieces[taken]
+            for owner, (lo, hi) in enumerate(aligned_cut(len(block), session.size, flat.element_size())):
+                blocks.copy(rooms[owner](taken)[lo:hi], block[lo:hi])
             taken += 1
             session.count(TAKEN, taken)
         elif reduced < staged and session.have(STAGED, reduced + 1):
-            rooms = rooms or _all_rooms(session, stage, blocks, depth)
-            lo, hi = aligned_cut(blocks[reduced].numel(), session.size, flat.element_size())[rank]
+            rooms = rooms or _all_rooms(session, blocks, stage, flat, numel)
+            lo, hi = aligned_cut(len(pieces[reduced]), session.size, flat.element_size())[rank]
             if lo < hi:
                 parts = [each(reduced)[lo:hi] for each in rooms]
-                reduction(parts, parts[rank])
+                blocks.reduce(parts, parts[rank])
             reduced += 1
             session.count(REDUCED, reduced)
-        elif staged < min(len(blocks), taken + depth) and _is_free(session, staged, depth):
-            own(staged).copy_(blocks[staged])
+        elif staged < min(len(pieces), taken + depth) and _is_free(session, staged, depth):
+            blocks.copy(pieces[staged], own(staged))
             staged += 1
             session.count(STAGED, staged)
         else:
@@ -207,23 +202,25 @@ def _is_free(session: Session, number: int, depth: int) -> bool:
     return number < depth or session.have(TAKEN, number - depth + 1)
 
 
-_Rooms = Callable[[int], torch.Tensor]
+_Rooms = Callable[[int], Any]
 
 
-def _rooms(stage: torch.Tensor, blocks: Sequence[torch.Tensor], depth: int) -> _Rooms:
-    """Where in a staging buffer a block has its place. Slicing costs as much as copying 32 KiB: once for all."""
-    numel, last = blocks[0].numel(), len(blocks) - 1
-    places = torch.unsafe_split(stage.view(blocks[0].dtype)[: numel * min(depth, len(blocks))], numel)
-    place_of_last = places[last % depth][: blocks[last].numel()]
-    return lambda number: places[number % depth] if number < last else place_of_last
+def _rooms(blocks: Blocks, stage: torch.Tensor, flat: torch.Tensor, numel: int) -> _Rooms:
+    """Where in a staging buffer a block of so many elements of ``flat`` has its place."""
+    number_of_blocks = -(-flat.numel() // numel)
+    last = number_of_blocks - 1
+    room = blocks.flat(stage.view(flat.dtype))[: numel * min(DEPTH, number_of_blocks)]
+    places = blocks.split(room, numel)
+    place_of_last = places[last % DEPTH][: flat.numel() - last * numel]
+    return lambda number: places[number % DEPTH] if number < last else place_of_last
 
 
-def _all_rooms(session: Session, stage: torch.Tensor, blocks: Sequence[torch.Tensor], depth: int) -> list[_Rooms]:
+def _all_rooms(session: Session, blocks: Blocks, stage: torch.Tensor, flat: torch.Tensor, numel: int) -> list[_Rooms]:
     """Every member's, once all peers have staged something."""
     stages = [
         stage if member == session.rank else session.peer_stage(member, stage.nbytes) for member in range(session.size)
     ]
-    return [_rooms(each, blocks, depth) for each in stages]
+    return [_rooms(blocks, each, flat, numel) for each in stages]
 
 
 def aligned_cut(numel: int, pieces: int, itemsize: int) -> list[tuple[int, int]]:

@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ..dtypes import scale_
-from ..transport.node import ARRIVED, STAGED, TAKEN, Node, Session
+from ..transport.node import Node
+from ..transport.session import ARRIVED, STAGED, TAKEN, Session
 from ..transport.steps import Steps, Until
 from .base import Bounds, ReduceOp
 from .reduction import Reduction

@@ -3,6 +3,7 @@ buffer, no places, and no slicing of tensors, each of which costs as much as an 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,31 +12,38 @@ import torch
 
 from ..memory.node import NodeMemory
 
-__all__ = ["AREA_NBYTES", "Areas"]
+__all__ = ["AREA_NBYTES", "MEETING_AREA_NBYTES", "Areas"]
 
-#: What fits. Above it, torch's operations on blocks cost little beside the data.
+#: What fits, into the area of an exchange and into that of a meeting, of which there are few.
 AREA_NBYTES = 128 << 10
+MEETING_AREA_NBYTES = 1 << 20
 
 #: Views that are remembered.
 _MOST_VIEWS = 4096
 
 
 class Areas:
-    """``wholes``: of each member, the memory of all its areas, as bytes."""
+    """``wholes``: of each member, the memory of all its areas, as bytes. ``starts``: where in it those of the slots
+    begin."""
 
-    def __init__(self, wholes: Sequence[torch.Tensor]) -> None:
+    def __init__(self, wholes: Sequence[torch.Tensor], starts: Sequence[int]) -> None:
+        self._starts = starts
         self._tensors = list(wholes)  # they keep the mappings alive
         self._wholes = [whole.numpy() for whole in wholes]
         self._addresses = [whole.data_ptr() for whole in wholes]
         self._views: dict[tuple[int, int, np.dtype[Any]], list[np.ndarray[Any, Any]]] = {}
 
     @classmethod
-    def over(cls, comm: Any, local_ranks: Sequence[int], memory: NodeMemory, slots: int) -> Areas | None:
-        """For the members of ``comm``; None, on all of them, where some member has no memory left,
+    def over(cls, comm: Any, local_ranks: Sequence[int], memory: NodeMemory, slots: int, meetings: int) -> Areas | None:
+        """For so many slots, and so many of meetings behind them, of the members of ``comm``.
+
+        None, on all of them, where some member has no memory left,
         or memory costs something before it is touched. Collective."""
         if not memory.is_lazy:
             return None
-        own = memory.segments.empty((slots * AREA_NBYTES,), torch.uint8)
+        nbytes = [*[AREA_NBYTES] * slots, *[MEETING_AREA_NBYTES] * meetings]
+        starts = [0, *itertools.accumulate(nbytes)]
+        own = memory.segments.empty((starts.pop(),), torch.uint8)
         places = comm.allgather(memory.segments.place(own))
         if any(place is None for place in places):
             return None
@@ -46,11 +54,11 @@ class Areas:
             ]
         except OSError:
             wholes = []
-        return cls(wholes) if all(comm.allgather(bool(wholes))) else None
+        return cls(wholes, starts) if all(comm.allgather(bool(wholes))) else None
 
     def address(self, member: int, slot: int) -> int:
         """Where a member's area begins, in this process."""
-        return self._addresses[member] + slot * AREA_NBYTES
+        return self._addresses[member] + self._starts[slot]
 
     def views(self, slot: int, nbytes: int, dtype: np.dtype[Any]) -> list[np.ndarray[Any, Any]]:
         """The first ``nbytes`` of every member's area."""
@@ -59,6 +67,6 @@ class Areas:
         if found is None:
             if len(self._views) >= _MOST_VIEWS:
                 self._views.clear()
-            at = slot * AREA_NBYTES
+            at = self._starts[slot]
             found = self._views[key] = [whole[at : at + nbytes].view(dtype) for whole in self._wholes]
         return found

@@ -1,10 +1,10 @@
 """Exchanges through memory that all members map, where they are on one node: who has come how far, and whose data lie
 where.
 
-A page has slots. An exchange takes the slot of its tag; in it each member has words that it alone writes: counters, and
-the places of its tensor and of its staging buffer. Counters never go back: an exchange counts from a base that is above
-all that earlier exchanges in the slot have counted to, so that nothing is ever reset and a member that is slow cannot
-mistake one exchange for another.
+A page has slots. An exchange takes the slot of its tag, or of its meeting's number; in it each member has words that it
+alone writes: counters, and the places of its tensor and of its staging buffer. Counters never go back: an exchange
+counts from a base that is above all that earlier exchanges in the slot have counted to, so that nothing is ever reset
+and a member that is slow cannot mistake one exchange for another.
 
 An aligned word is written at once, and what was written before it is seen before it by whoever sees it: so it is on
 x86. Elsewhere a fence would be needed, which Python does not have: there no memory counts as shared.
@@ -23,39 +23,34 @@ import torch
 from ..memory.node import NodeMemory
 from ..memory.shared import HEADER_NBYTES, share
 from .areas import Areas
-from .steps import Steps, Until
+from .session import BASE, DONE, WORDS, Meeting, Session
+from .steps import Until
 from .tags import FIRST_TAG, LANE_TAGS, LANES
 
-__all__ = ["ARRIVED", "PAGE_NBYTES", "REDUCED", "STAGED", "TAKEN", "Node", "Session"]
+__all__ = ["PAGE_NBYTES", "Node", "Slot"]
 
 #: Slots of negotiated exchanges, of which an engine runs 16 at once, and of each lane.
 _NEGOTIATED_SLOTS = 32
 _LANE_SLOTS = 16
-_SLOTS = _NEGOTIATED_SLOTS + LANES * _LANE_SLOTS
 
-#: A member's words in a slot: two cache lines.
-_WORDS = 16
-
-#: Counters of an exchange: it has come; pieces that it has staged; that it has reduced; that it has taken from others.
-ARRIVED, STAGED, REDUCED, TAKEN = range(4)
-#: The base of the last exchange that the member has ended.
-_DONE = 4
-#: Where its tensor lies, and where its staging buffer does: number (0: nowhere), pid and descriptor, size, offset.
-_TENSOR, _STAGE = 8, 12
-
-#: Counts within one exchange are below this.
-_BASE = 1 << 24
+#: Slots of meetings. Who waits for one has no other in flight but from other threads. With one slot each would wait for
+#: the last one's end on all members; the more slots, the less of what is staged in them stays in the caches.
+_MEETING_SLOTS = 2
+_MEETINGS_AT = _NEGOTIATED_SLOTS + LANES * _LANE_SLOTS
+_SLOTS = _MEETINGS_AT + _MEETING_SLOTS
 
 #: What is packed may be in shared memory up to so many bytes; so many such buffers are kept.
 _LENT_NBYTES = 8 << 20
 _SPARE = 2
 
 #: The page's size for each member.
-PAGE_NBYTES = _SLOTS * _WORDS * 8
+PAGE_NBYTES = _SLOTS * WORDS * 8
 
 
-class _Slot:
-    """What this member knows of a slot. ``queue``: who has it, and who waits for it, in order."""
+class Slot:
+    """What this member knows of a slot. ``queue``: who has it, and who waits for it, in order.
+
+    ``base``: of the exchange that has it; of meetings, of the last one that this member has ended."""
 
     __slots__ = ("at", "base", "number", "period", "queue", "tag")
 
@@ -68,7 +63,7 @@ class _Slot:
     def advance(self, tag: int) -> None:
         """The base of the next exchange: the same on all members, whatever they did before, within a cycle of tags."""
         steps = tag - self.tag if tag > self.tag else tag - self.tag + self.period
-        self.base += steps * _BASE
+        self.base += steps * BASE
         self.tag = tag
 
 
@@ -84,10 +79,10 @@ class Node:
         self.words = page.cast("q")
         self.local_ranks = list(local_ranks)
         self.areas: Areas | None = None
-        self._slots: dict[int, _Slot] = {}
+        self._slots: dict[int, Slot] = {}
         self._spare: list[torch.Tensor] = []
         self._lent: dict[int, torch.Tensor] = {}
-        self._stages: list[tuple[torch.Tensor, _Slot, int]] = []  # and the last exchange of this member that used it
+        self._stages: list[tuple[torch.Tensor, Slot, int]] = []  # and the last exchange of this member that used it
 
     @classmethod
     def over(cls, comm: Any, local_ranks: Sequence[int], memory: NodeMemory) -> Node | None:
@@ -98,7 +93,7 @@ class Node:
         if page is None:
             return None
         node = cls(memoryview(page)[HEADER_NBYTES:], local_ranks, comm.rank, memory)
-        node.areas = Areas.over(comm, local_ranks, memory, _SLOTS)
+        node.areas = Areas.over(comm, local_ranks, memory, _MEETINGS_AT, _MEETING_SLOTS)
         return node
 
     def enter(self, tag: int) -> Until[Session]:
@@ -112,7 +107,20 @@ class Node:
         self.memory.drop_freed()
         return Session(self, slot)
 
-    def _slot(self, tag: int) -> _Slot:
+    def meet(self, key: int, fingerprint: int) -> Meeting | None:
+        """The meeting with that number, to be used in a ``with``; None while its slot is in use."""
+        number = _MEETINGS_AT + key % _MEETING_SLOTS
+        slot = self._slots.get(number)
+        if slot is None:
+            slot = self._slots[number] = Slot(number, number * self.size * WORDS, 0)
+        if slot.queue or not self.have_ended(slot, slot.base):
+            return None
+        meeting = Meeting(self, slot, key, fingerprint)
+        slot.queue.append(meeting)
+        self.memory.drop_freed()
+        return meeting
+
+    def _slot(self, tag: int) -> Slot:
         if tag < FIRST_TAG:
             number, period = tag % _NEGOTIATED_SLOTS, FIRST_TAG
         else:
@@ -120,13 +128,13 @@ class Node:
             number, period = _NEGOTIATED_SLOTS + lane * _LANE_SLOTS + turn % _LANE_SLOTS, LANE_TAGS
         slot = self._slots.get(number)
         if slot is None:
-            slot = self._slots[number] = _Slot(number, number * self.size * _WORDS, period)
+            slot = self._slots[number] = Slot(number, number * self.size * WORDS, period)
         return slot
 
-    def have_ended(self, slot: _Slot, base: int) -> bool:
+    def have_ended(self, slot: Slot, base: int) -> bool:
         """Whether every member has ended the exchange with that base."""
-        words, at = self.words, slot.at + _DONE
-        return all(words[at + member * _WORDS] >= base for member in range(self.size))
+        words, at = self.words, slot.at + DONE
+        return all(words[at + member * WORDS] >= base for member in range(self.size))
 
     def take_stage(self, nbytes: int) -> torch.Tensor:
         """A staging buffer that nobody reads any more, the one used last if possible: it is still in the cache."""
@@ -143,7 +151,7 @@ class Node:
             )
         return stage
 
-    def retire_stage(self, stage: torch.Tensor, slot: _Slot) -> None:
+    def retire_stage(self, stage: torch.Tensor, slot: Slot) -> None:
         """Used up to here: free once all members have ended the exchange that has the slot now."""
         self._stages.append((stage, slot, slot.base))
 
@@ -168,111 +176,3 @@ class Node:
 
     def __repr__(self) -> str:
         return f"Node(member {self.rank} of {self.size}, {len(self._stages)} staging buffers, {self.memory!r})"
-
-
-class Session:
-    """One member's part in one exchange. Ends with the ``with`` block; where that raises, the others wait in vain."""
-
-    __slots__ = ("_mine", "_node", "_slot", "_stage", "_words", "base", "peers", "rank", "size", "slot")
-
-    def __init__(self, node: Node, slot: _Slot) -> None:
-        self._node, self._slot, self._words = node, slot, node.words
-        self.rank, self.size, self.base = node.rank, node.size, slot.base
-        self.slot = slot.number
-        self._mine = slot.at + node.rank * _WORDS
-        self.peers = [(node.rank + distance) % node.size for distance in range(1, node.size)]
-        self._stage: torch.Tensor | None = None
-
-    def __enter__(self) -> Session:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self._end()
-        self._slot.queue.popleft()
-
-    def _end(self) -> None:
-        if self._stage is not None:
-            self._node.retire_stage(self._stage, self._slot)
-            self._stage = None
-        self._words[self._mine + _DONE] = self.base
-
-    def begin_anew(self) -> Steps:
-        """Once more from zero, when all members have come so far: for an exchange of several parts, each counted by
-        itself. No other exchange has the slot in between."""
-        self._end()
-        ended = self.base
-        self._slot.base = self.base = ended + _BASE
-        while not self._node.have_ended(self._slot, ended):
-            yield None
-
-    # -- counters ------------------------------------------------------------------------------------------------------
-
-    def count(self, counter: int, value: int) -> None:
-        """Tell the others: this member has come so far. Everything that it wrote before is seen by who sees that."""
-        self._words[self._mine + counter] = self.base + value
-
-    def have(self, counter: int, value: int) -> bool:
-        """Whether all peers have counted so far."""
-        words, at, wanted = self._words, self._slot.at + counter, self.base + value
-        return all(words[at + peer * _WORDS] >= wanted for peer in self.peers)
-
-    def has(self, peer: int, counter: int, value: int) -> bool:
-        """Whether one peer has counted so far."""
-        return self._words[self._slot.at + peer * _WORDS + counter] >= self.base + value
-
-    def least(self, counter: int) -> int:
-        """How far the last of the peers has counted; not above what this exchange counts to."""
-        words, at = self._words, self._slot.at + counter
-        return min([words[at + peer * _WORDS] for peer in self.peers]) - self.base
-
-    def wait(self, counter: int, value: int) -> Steps:
-        """Until all peers have counted so far."""
-        while not self.have(counter, value):
-            yield None
-
-    # -- places --------------------------------------------------------------------------------------------------------
-
-    def show(self, flat: torch.Tensor) -> bool:
-        """Tell the others where ``flat`` lies, to be read after ARRIVED is counted; False if they cannot map it."""
-        return self._write_place(_TENSOR, flat)
-
-    def _write_place(self, field: int, flat: torch.Tensor) -> bool:
-        words, at = self._words, self._mine + field
-        place = self._node.memory.segments.place(flat) if flat.numel() else None
-        if place is None:
-            words[at] = 0
-            return False
-        number, pid, fd, nbytes, offset = place
-        words[at], words[at + 1], words[at + 2], words[at + 3] = number, pid << 32 | fd & 0xFFFFFFFF, nbytes, offset
-        return True
-
-    def all_shown(self) -> bool:
-        """Whether every member's tensor can be mapped: the same answer on all of them, once all have arrived."""
-        words, at = self._words, self._slot.at + _TENSOR
-        return all(words[at + member * _WORDS] for member in range(self.size))
-
-    def is_shown(self, member: int) -> bool:
-        """Whether this member's tensor can be mapped."""
-        return self._words[self._slot.at + member * _WORDS + _TENSOR] != 0
-
-    def tensor(self, peer: int, like: torch.Tensor) -> torch.Tensor:
-        """A peer's tensor, of the dtype and the length of ``like``."""
-        return self._read_place(_TENSOR, peer, like.nbytes).view(like.dtype)
-
-    def stage(self, nbytes: int) -> torch.Tensor:
-        """A staging buffer of this member's own, as bytes, to be read after STAGED is counted."""
-        if self._stage is None:
-            self._stage = self._node.take_stage(nbytes)
-            self._write_place(_STAGE, self._stage)
-        return self._stage
-
-    def peer_stage(self, peer: int, nbytes: int) -> torch.Tensor:
-        """A peer's staging buffer, or the beginning of it."""
-        return self._read_place(_STAGE, peer, nbytes)
-
-    def _read_place(self, field: int, peer: int, nbytes: int) -> torch.Tensor:
-        at = self._slot.at + peer * _WORDS + field
-        number, owner, of_segment, offset = self._words[at : at + 4].tolist()
-        place = number, owner >> 32, owner & 0xFFFFFFFF, of_segment, offset
-        return self._node.memory.tensor(self._node.local_ranks[peer], place, nbytes)
