@@ -10,7 +10,7 @@ import torch
 
 from mpiddp.collectives import ring, select
 from mpiddp.collectives.base import ReduceOp
-from mpiddp.engine import Channel, Handle, Key, Kind, Lane, Request, Signature, eager
+from mpiddp.engine import Channel, Handle, Key, Kind, Lane, Request, Signature, eager, may_meet
 from mpiddp.transport.base import Link, Steps
 from tests import naive
 from tests.programs import Cycle, Group, Item, Op, Plan
@@ -141,6 +141,11 @@ class Player:
             deliver,
             extent=naive.extent(plan, mine, rank, number),
             eager=bool(op.eager >> rank & 1) and mine.kind in eager.KINDS and mine.op is not ReduceOp.ADASUM,
+            meets=bool(op.meets >> rank & 1)
+            and op.name is None
+            and mine.kind is Kind.ALLREDUCE
+            and mine.op is not ReduceOp.ADASUM
+            and may_meet(channel.link, tensor.nbytes),
         )
         self.handles[place].append(self.world.submit(rank, channel, request))
 

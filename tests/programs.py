@@ -20,7 +20,9 @@ __all__ = ["Cycle", "Epoch", "Group", "Item", "Op", "Plan", "plans"]
 
 @dataclass(frozen=True)
 class Op:
-    """One collective. ``odd``: a rank (modulo the members) that differs in a field. ``eager``: on which ranks, as bits.
+    """One collective. ``odd``: a rank (modulo the members) that differs in a field.
+
+    ``eager``, ``meets``: on which ranks, as bits.
 
     ``brittle``: a rank on which the delivery of the result raises.
     """
@@ -34,6 +36,7 @@ class Op:
     is_average: bool = False
     root: int = 0
     eager: int = 0
+    meets: int = 0
     odd: int | None = None
     field: str = "kind"
     brittle: int | None = None
@@ -128,6 +131,7 @@ def _ops(draw: st.DrawFn, teams: tuple[tuple[int, ...], ...], kinds: tuple[Kind,
         is_average=op is ReduceOp.SUM and draw(st.booleans()),
         root=draw(_RANKS) if kind is Kind.BROADCAST else 0,
         eager=draw(st.sampled_from([0, 0, 255, 0b10101])),
+        meets=draw(st.sampled_from([0, 255, 255, 0b10101])),
     )
     if is_sound or draw(_seldom) is None:
         return made
@@ -151,7 +155,7 @@ def _groups(draw: st.DrawFn, teams: tuple[tuple[int, ...], ...]) -> Group:
     kind = draw(st.sampled_from([Kind.ALLREDUCE, Kind.ALLREDUCE, Kind.ALLGATHER, Kind.REDUCESCATTER]))
     first = draw(_ops(teams, (kind,), is_sound=True))
     others = draw(st.lists(_ops((teams[first.team],), (kind,)), max_size=2))
-    ops = tuple(replace(op, team=first.team, name=first.name, eager=0) for op in (first, *others))
+    ops = tuple(replace(op, team=first.team, name=first.name, eager=0, meets=0) for op in (first, *others))
     may_be_shorter = first.name is not None and len(ops) > 1
     return Group(ops, draw(_RANKS) if may_be_shorter and draw(_seldom) is not None else None)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from mpiddp.memory.mapping import MemoryFiles
 from mpiddp.memory.node import LOG_WORDS, NodeMemory
@@ -17,6 +18,20 @@ def nodes(size: int) -> list[Node]:
     page = memoryview(bytearray(PAGE_NBYTES * size))
     memories = [NodeMemory(MemoryFiles(), log, rank, size) for rank in range(size)]
     return [Node(page, range(size), rank, memory) for rank, memory in enumerate(memories)]
+
+
+class WatchedWords:
+    """A node's words, of which every write is told to ``written``."""
+
+    def __init__(self, words: memoryview, written: Callable[[], None]) -> None:
+        self._words, self._written = words, written
+
+    def __getitem__(self, at: int | slice) -> Any:
+        return self._words[at]
+
+    def __setitem__(self, at: int, value: int) -> None:
+        self._words[at] = value
+        self._written()
 
 
 def on_node(members: list[Node], exchange: Callable[[SimulatedLink], Steps], seed: int = 0) -> None:

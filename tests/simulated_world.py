@@ -11,6 +11,7 @@ import heapq
 import math
 from collections import deque
 from collections.abc import Generator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,9 @@ import torch
 from mpiddp.collectives.base import ReduceOp
 from mpiddp.dtypes import name_of
 from mpiddp.engine import Channel, Engine, Handle, Kind, Request, Signature
-from tests.simulation import Deadlock, Network
+from mpiddp.transport.node import Node
+from tests.simulated_node import WatchedWords, nodes
+from tests.simulation import Deadlock, Network, SimulatedLink
 
 __all__ = ["Program", "SimulatedPort", "World"]
 
@@ -27,6 +30,9 @@ Program = Generator[bool, None, None]
 
 #: Looks of everybody in which nothing moves: a deadlock. What only posts a transfer or sends a notice does not count.
 _LOOKS = 4
+
+#: Whatever a rank does after some time it does after this.
+_LONG = 1000.0
 
 
 class SimulatedPort:
@@ -66,8 +72,11 @@ class World:
         teams: Sequence[Sequence[int]] = (),
         segment_nbytes: int = 64,
         is_buffering: bool = False,
+        shares_memory: bool = False,
     ) -> None:
         self.size = size
+        self.nodes: list[Node] = []
+        self._shares_memory = shares_memory
         self.network = Network(size, seed, is_buffering)
         self.network.on_match = lambda key: self.schedule(self.soon(self._transit), key)
         self.clock = 0.0
@@ -88,12 +97,28 @@ class World:
 
     def _open(self, team: tuple[int, ...], fusion_nbytes: int, segment_nbytes: int) -> dict[int, Channel]:
         draw, ports, channels = self.network.random, [], {}
-        for link in self.network.links(team):
+        links = self.network.links(team)
+        if self._shares_memory and len(team) > 1:
+            self._share(links, team)
+        for link in links:
             ports.append(SimulatedPort(self, link.rank, ports, [draw.choice((0.5, 2.0, 10.0, 80.0)) for _ in team]))
             rank = ports[-1].owner = team[link.rank]
             channels[rank] = Channel(link, ports[-1], team, fusion_nbytes, segment_nbytes)
             self.engines[rank].add(channels[rank])
         return channels
+
+    def _share(self, links: Sequence[SimulatedLink], team: tuple[int, ...]) -> None:
+        """The team is on one node: whatever a member writes, the others may notice."""
+        for link, node in zip(links, nodes(len(team)), strict=True):
+            others = [rank for rank in team if rank != team[link.rank]]
+            node.words = WatchedWords(node.words, partial(self._wake_all, others))  # type: ignore[assignment]
+            link.node = node
+            self.nodes.append(node)
+
+    def close(self) -> None:
+        """Give back the memory that the nodes share."""
+        for node in self.nodes:
+            node.memory.close()
 
     # -- what programs do ----------------------------------------------------------------------------------------------
 
@@ -135,7 +160,9 @@ class World:
         while self.programs:
             if self._events:
                 self._next()
-            elif not any(self._everybody() for _ in range(_LOOKS)):
+                continue
+            self.clock += _LONG  # who only waits for time to pass goes on
+            if not any(self._everybody() for _ in range(_LOOKS)):
                 raise Deadlock("; ".join(self._waits_for(rank) for rank in self.programs))
 
     def _next(self) -> None:
@@ -148,6 +175,10 @@ class World:
         else:
             for rank in self.network.complete(what):
                 self._wake(rank)
+
+    def _wake_all(self, ranks: Sequence[int]) -> None:
+        for rank in ranks:
+            self._wake(rank)
 
     def _wake(self, rank: int) -> None:
         self._in_vain[rank] = [False, False]

@@ -21,6 +21,7 @@ from .eager import receive
 from .execute import exchange, phantom
 from .lane import FIRST_TAG, Lane
 from .launches import Launches
+from .meet import cancel, meet
 from .member import Member, Run
 from .mismatch import ERRORS
 from .notices import heed
@@ -110,8 +111,9 @@ class Channel:
         if self.launches:
             moved |= self.launches.start(self.link, self.lanes, self.running, self.departures)
         if self._starting:
-            # Those of lanes do not count: others may launch theirs only after one that is to be started here.
-            tags = [running.number for running in self.running if running.lane < 0]
+            # Those of lanes, and meetings, do not count: others may come to theirs only after one that is to be started
+            # here.
+            tags = [running.number for running in self.running if running.number >= 0 and running.lane < 0]
             while self._starting and len(tags) < _RUNNING and self._starting[0][0] not in tags:
                 tag, handles, build = self._starting.popleft()
                 tags.append(tag)
@@ -135,13 +137,27 @@ class Channel:
         """Look with the next push."""
         self._unheard = _LISTENING
 
+    def _announce_all(self) -> None:
+        """Those of this rank that are to meet the others must be known before it joins or leaves."""
+        for running in self.running:
+            if running.gathering is not None and not self.departures.coordinator_gone:
+                running.gathering.announce()
+
+    def _may_meet(self) -> bool:
+        """Whether nobody is absent, and no timeline is to show who came when."""
+        return not (self.somebody_joined or self.departures.left or trace.active())
+
     def _take_submitted(self) -> bool:
-        """Announce with the next message what has been submitted; True."""
+        """Announce with the next message what has been submitted, or meet the others; True."""
         while self.submitted:
             request = self.submitted.popleft()
             if self.departures.coordinator_gone:
                 request.fail(self.departures.without_coordinator(request))
+            elif request.meets and self._may_meet() and meet(self, request):
+                continue
             else:
+                if request.signature.kind == Kind.JOIN:
+                    self._announce_all()
                 self.member.submit(request)
         return True
 
@@ -201,6 +217,8 @@ class Channel:
 
     def _schedule(self, run: Run) -> None:
         requests = run.requests
+        if any(request.meets and not cancel(self, request) for request in requests):
+            return  # whoever has announced that they would meet is alone in its run
         self.completed += len(requests)
         if self._answered(run):
             if trace.active() and requests:
@@ -232,6 +250,7 @@ class Channel:
         What was submitted before still runs. To be called where nobody pushes.
         """
         self._take_submitted()
+        self._announce_all()
         self.attention += 1
         self.tell_coordinator(LEFT, self.ranks[self.link.rank], steps, [lane.launched for lane in self.lanes])
 

@@ -17,7 +17,7 @@ from .bucket import fuse
 from .groups import Announced, Groups
 from .mismatch import problem
 from .request import Key, Kind, Signature, automatic_name
-from .wire import ALL_LEFT, CYCLE, JOINED, LEFT, NEWS, RESET, RUN
+from .wire import ALL_LEFT, CYCLE, JOINED, LEFT, MET, NEWS, RESET, RUN
 
 __all__ = ["Coordinator"]
 
@@ -29,7 +29,7 @@ class Coordinator:
         self.ranks = list(ranks)
         self.size = len(ranks)
         self.announced: dict[Key, Announced] = {}
-        self.joined: set[int] = set()
+        self.joined: dict[int, int] = {}  # how many unnamed requests each had submitted before
         self.left: dict[int, int] = {}
         self.heard = 0  # messages so far
         self.news: dict[str, Callable[..., None]] = {}  # who hears what members tell, by topic; else all members do
@@ -59,6 +59,8 @@ class Coordinator:
                     self._outboxes[other].append(item)
             elif item[0] == NEWS:
                 self._pass_on(member, item)
+            elif item[0] == MET:
+                self.announced.pop(item[1], None)
 
     def _pass_on(self, member: int, item: tuple[Any, ...]) -> None:
         if item[1] in self.news:
@@ -96,11 +98,13 @@ class Coordinator:
         if extent:
             record.extents = record.extents or {}
             record.extents[member] = extent
-        if payload is not None:
+        if payload is True:
+            record.met += 1
+        elif payload is not None:
             record.payloads = record.payloads or {}
             record.payloads[member] = payload
         if signature.kind == Kind.JOIN:
-            self.joined.add(member)
+            self.joined[member] = extent[0]
             self._just_joined.append(member)
             self._fail_joins()
         elif self.joined or self.left:
@@ -119,6 +123,9 @@ class Coordinator:
             return
         if any(member not in self.joined for member in missing):
             return
+        if record.met and isinstance(key, int) and any(key <= self.joined[member] for member in missing):
+            del self.announced[key]  # who joined had come to it, without a word: they have all met
+            return
         self._complete(key, record)
 
     def _complete(self, key: Key, record: Announced) -> None:
@@ -128,6 +135,8 @@ class Coordinator:
             self._ready += self._fail_group(key, record)
         elif record.signature.group:
             self._ready += self._groups.gather(key, record)
+        elif record.met == self.size:
+            return  # they meet without a word
         elif record.payloads is None or self.joined or not self._answer_eagerly([record]):
             self._ready.append((key, record))
 
@@ -149,7 +158,7 @@ class Coordinator:
                 self._run([record], (StallError.__name__, text))
                 self._given_up[key] = set(range(self.size)) - record.numbers.keys(), text
                 if record.signature.kind == Kind.JOIN:
-                    self.joined -= record.numbers.keys()
+                    self._forget_joined(record)
 
     def _answer_late(self, member: int, key: Key, number: int, signature: Signature) -> bool:
         error = self._groups.late(member, key, signature)
@@ -186,13 +195,17 @@ class Coordinator:
             for outbox in self._outboxes:
                 outbox.append((ALL_LEFT,))
 
+    def _forget_joined(self, record: Announced) -> None:
+        for member in record.numbers:
+            self.joined.pop(member, None)
+
     def _fail_joins(self) -> None:
         """Somebody has left without joining: those who wait in join() would wait for ever."""
         for key, record in list(self.announced.items()):
             if record.signature.kind == Kind.JOIN and not self.left.keys() <= record.numbers.keys():
                 del self.announced[key]
                 self._run([record], problem(key, record, self.ranks, self.left))
-                self.joined -= record.numbers.keys()
+                self._forget_joined(record)
                 self._just_joined.clear()
                 for outbox in self._outboxes:
                     outbox.append((JOINED, False))

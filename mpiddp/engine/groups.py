@@ -13,13 +13,14 @@ __all__ = ["Announced", "Groups", "group_of"]
 class Announced:
     """A request that some members have submitted, as the coordinator sees it."""
 
-    __slots__ = ("differs", "error", "extents", "numbers", "payloads", "signature", "since_s")
+    __slots__ = ("differs", "error", "extents", "met", "numbers", "payloads", "signature", "since_s")
 
     def __init__(self, signature: Signature) -> None:
         self.signature = signature
         self.numbers: dict[int, int] = {}
         self.extents: dict[int, tuple[int, ...]] | None = None  # these three are made when something comes
         self.payloads: dict[int, bytes] | None = None
+        self.met = 0  # how many meet the others, if all do
         self.differs: dict[int, Signature] | None = None
         self.error: tuple[str, str] | None = None
         self.since_s = time.monotonic()

@@ -8,7 +8,7 @@ from typing import Any
 
 from . import eager
 from .request import Kind, Request, Signature
-from .wire import RESET, RUN, TABLE_ENTRIES
+from .wire import MET, RESET, RUN, TABLE_ENTRIES
 
 __all__ = ["Member", "Run"]
 
@@ -36,8 +36,8 @@ class Member:
         self._next = 0
         self._table: dict[Any, int] = {}
 
-    def submit(self, request: Request) -> None:
-        """Announce ``request`` with the next message."""
+    def submit(self, request: Request, is_met: bool = False) -> int:
+        """Announce ``request`` with the next message; its number. ``is_met``: it has been published."""
         number = self._next
         self._next = number + 1
         self.waiting[number] = request
@@ -47,16 +47,23 @@ class Member:
             entry, automatic = (key, signature), None
         else:
             entry, automatic = (None, signature), key
-        payload = eager.content(request.flat) if request.eager else None
+        payload = True if is_met else eager.content(request.flat) if request.eager else None
         index = self._table.get(entry)
         if index is not None:
             self.outbox.append((number, index, automatic, request.extent, payload))
-            return
+            return number
         if len(self._table) >= TABLE_ENTRIES:
             self._table.clear()
             self.outbox.append((RESET,))
         index = self._table[entry] = len(self._table)
         self.outbox.append((number, index, automatic, request.extent, payload, entry[0], tuple(signature)))
+        return number
+
+    def withdraw(self, number: int) -> None:
+        """What was announced under this number is done, by all."""
+        request = self.waiting.pop(number, None)
+        if request is not None:
+            self.outbox.append((MET, request.key))
 
     def notice(self, *notice: Any) -> None:
         """Tell the coordinator something with the next message."""
@@ -78,7 +85,9 @@ class Member:
             if numbers and isinstance(numbers[0], tuple):
                 runs.append(Run([], extents, error, payload, [Signature(*signature) for signature in numbers]))
             else:
-                runs.append(Run([self.waiting.pop(number) for number in numbers], extents, error, payload, []))
+                waiting = [self.waiting.pop(number) for number in numbers if number in self.waiting]  # not withdrawn
+                if waiting:
+                    runs.append(Run(waiting, extents, error, payload, []))
         return runs, notices
 
     def joining(self) -> bool:

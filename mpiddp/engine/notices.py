@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CollectiveError
+from .meet import cancel
 from .request import Kind
 from .wire import ALL_LEFT, CYCLE, GONE, JOINED, LEFT, NEWS
 
@@ -65,5 +66,6 @@ def _left(channel: Channel, rank: int, steps: int, launched: Sequence[int]) -> N
 def _coordinator_gone(channel: Channel) -> None:
     channel.departures.coordinator_gone = True
     for request in channel.member.waiting.values():
+        cancel(channel, request)
         request.fail(channel.departures.without_coordinator(request))
     channel.member.waiting.clear()

@@ -117,10 +117,11 @@ class Request(Handle):
     ``key`` is the name, or a number where the caller gave none. ``flat`` is the contiguous 1-D tensor that the
     exchange works on; once it holds the answer, the caller gets ``answer``, or what ``deliver`` makes of it.
     ``extent`` is what may differ between ranks and all have to know, such as dim 0 of an all-gather. ``eager``: the
-    content may travel with the announcement, since the caller waits and it is small.
+    content may travel with the announcement, since the caller waits and it is small. ``meets``: the members may meet,
+    since the caller waits and they share memory.
     """
 
-    __slots__ = ("answer", "deliver", "eager", "extent", "flat", "key", "signature")
+    __slots__ = ("answer", "deliver", "eager", "extent", "flat", "key", "meets", "signature")
 
     def __init__(
         self,
@@ -131,6 +132,7 @@ class Request(Handle):
         answer: Any = None,
         extent: tuple[int, ...] = (),
         eager: bool = False,
+        meets: bool = False,
     ) -> None:
         self.key = key
         self.signature = signature
@@ -139,6 +141,7 @@ class Request(Handle):
         self.answer = answer
         self.extent = extent
         self.eager = eager
+        self.meets = meets
         self.where = _NOWHERE
         self.done = False
         self.error = None

@@ -3,23 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import trace
 from ..transport.base import Link, Steps
 from .request import Handle
 
+if TYPE_CHECKING:
+    from .meet import Gathering
+
 __all__ = ["Running", "beginning", "finishing"]
 
 
 class Running:
-    """The generator, and who waits for it; of a lane, the how-manieth launch it is, else its tag."""
+    """The generator, and who waits for it; of a lane, the how-manieth launch it is, else its tag, if it has one."""
 
-    __slots__ = ("handles", "lane", "mark", "number", "steps")
+    __slots__ = ("gathering", "handles", "lane", "mark", "number", "steps")
 
-    def __init__(self, handles: Sequence[Handle], steps: Steps, lane: int = -1, number: int = 0) -> None:
-        self.handles, self.steps, self.lane, self.number = handles, steps, lane, number
+    def __init__(
+        self,
+        handles: Sequence[Handle],
+        steps: Steps,
+        lane: int = -1,
+        number: int = -1,
+        gathering: Gathering | None = None,
+    ) -> None:
+        self.handles, self.steps, self.lane, self.number, self.gathering = handles, steps, lane, number, gathering
         self.mark: int | None = None  # what it yielded last: another value means that it moved
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether the members are known to take part; where they are to meet, some may be awaited still."""
+        return self.gathering is None or self.gathering.meeting.is_met
 
     def resume(self) -> bool | None:
         """True if it has ended, None if it has moved, False if it waits. What it raises belongs to those who wait."""

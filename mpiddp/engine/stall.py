@@ -210,6 +210,8 @@ class StallCheck:
         """What is under way and does not move: the first of these; the others may just wait for it."""
         stuck = []
         for running in channel.running:
+            if not running.is_begun:
+                continue  # it is announced, too
             waited_s = self._age(id(running), running.mark, ages, now)
             stuck.append((waited_s, running))
         if not stuck or stuck[0][0] < self._first_s - self._interval_s:

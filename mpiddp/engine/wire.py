@@ -10,7 +10,20 @@ from __future__ import annotations
 import marshal
 from typing import Any, Final
 
-__all__ = ["ALL_LEFT", "CYCLE", "GONE", "JOINED", "LEFT", "NEWS", "RESET", "RUN", "TABLE_ENTRIES", "pack", "unpack"]
+__all__ = [
+    "ALL_LEFT",
+    "CYCLE",
+    "GONE",
+    "JOINED",
+    "LEFT",
+    "MET",
+    "NEWS",
+    "RESET",
+    "RUN",
+    "TABLE_ENTRIES",
+    "pack",
+    "unpack",
+]
 
 _VERSION: Final = 2
 
@@ -25,6 +38,7 @@ ALL_LEFT: Final = -4  # (ALL_LEFT,): every member has left
 GONE: Final = -5  # (GONE,): the coordinator waits for nobody any more
 JOINED: Final = -6  # (JOINED, whether anybody has)
 CYCLE: Final = -7  # (CYCLE, lane, number): a member has begun this cycle of a lane, and joined ranks are needed
+MET: Final = -9  # (MET, key): the members have met, and done what was announced under this key
 NEWS: Final = -8  # (NEWS, topic, ...): what the parts above the negotiation tell each other
 
 

@@ -9,7 +9,7 @@ import torch
 
 from .. import dtypes, runtime
 from ..collectives.base import ReduceOp
-from ..engine import Channel, Handle, Key, Kind, Request, Signature
+from ..engine import Channel, Handle, Key, Kind, Request, Signature, may_meet
 from ..engine import eager as eagerly
 from ..errors import ArgumentError, DuplicateNameError
 from ..process_set import ProcessSet, global_process_set
@@ -118,14 +118,12 @@ def submit(
             claim(channel, key)
     if prescale != 1.0:
         dtypes.scale_(flat, prescale)
-    eager = (
-        blocking
-        and device == "cpu"
-        and op != ReduceOp.ADASUM
-        and kind in eagerly.KINDS
-        and eagerly.worthwhile(flat.nbytes, channel.link.size, channel.link.node is not None)
-    )
-    request = Request(key, signature, flat, deliver, answer, extent, eager)
+    eager = meets = False
+    if blocking and device == "cpu" and op != ReduceOp.ADASUM:
+        nbytes, link = flat.nbytes, channel.link
+        meets = name is None and kind is Kind.ALLREDUCE and may_meet(link, nbytes)
+        eager = kind in eagerly.KINDS and eagerly.worthwhile(nbytes, link.size, link.node is not None)
+    request = Request(key, signature, flat, deliver, answer, extent, eager, meets)
     if is_cuda:
         request.passage = channel.link.ways.devices.depart(flat)
     if isinstance(key, str):

@@ -280,3 +280,25 @@ def test_small_sums_in_one_step(world: Any) -> None:
                 average = expected / world.size() if dtype.is_floating_point else expected // world.size()
                 assert torch.equal(world.synchronize(handle), average)
             assert all(torch.equal(world.synchronize(h), torch.full((numel,), float(total))) for h in handles[3:])
+
+
+@pytest.mark.ranks(2, 3, 4)
+def test_those_who_wait_meet(world: Any) -> None:
+    """Sizes around what fits into a meeting's area, in memory of one's own and in shared; waited for by all, and not by
+    all."""
+    from mpiddp.transport.areas import MEETING_AREA_NBYTES
+
+    most = MEETING_AREA_NBYTES // 4
+    total = float(world.size() * (world.size() + 1) // 2)
+    for numel in (1, 5, most // 2, most - 1, most, most + 1, 3 * most + 5):
+        for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.int64):
+            own = torch.full((numel,), world.rank() + 1, dtype=dtype)
+            shared = world.empty(numel, dtype=dtype).fill_(world.rank() + 1)
+            late = own.clone()
+            for tensor in (own, shared):
+                assert torch.equal(world.allreduce_(tensor, op=world.Sum), torch.full((numel,), total, dtype=dtype))
+            if world.rank() == world.size() - 1:
+                world.synchronize(world.allreduce_async_(late, op=world.Sum))
+            else:
+                world.allreduce_(late, op=world.Sum)
+            assert torch.equal(late, own)
