@@ -164,7 +164,7 @@ def _gpus(world: World, inquiry: gpus.Inquiry, library: str, settings: Config) -
     """
     gpu = gpus.place(world.node_comm, inquiry.answer())
     wanted = settings.cuda_aware
-    answer = cuda_aware(world.comm, world.nodes, gpu.index, library, wanted)
+    answer = cuda_aware(world.comm, world.nodes, gpu.index, library, wanted, with_nccl=settings.local == "nccl")
     if world.rank == 0 and (gpu.index is not None or answer.cure):
         say = logger.warning if wanted and not answer.yes else logger.info
         way = "go to MPI as they are" if answer.yes else "that peers cannot map go by way of host memory"
@@ -199,6 +199,7 @@ def _stop(free: bool) -> None:
         together = _farewell(runtime)
     runtime.engine.presence.close()
     runtime.engine.stop(NotInitializedError("mpiddp was shut down; call mpiddp.init() again"))
+    runtime.channel.close(together)
     _runtime = None
     runtime.sets.forget(free=together and free)
     runtime.memory.close()
