@@ -215,11 +215,12 @@ def test_refused_on_all_ranks_and_said_once(obstacle: str, caplog: pytest.LogCap
 
 
 @pytest.mark.parametrize("call", ["allReduce", "check"])
-def test_an_error_names_the_rank_and_the_tensor(call: str) -> None:
+def test_an_error_names_the_rank_and_the_tensor(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with Tracker() as tracker:
         world = World(tracker, 2)
         world.play(60, allreduce(1.0))
         world.libraries[1].fails_at = call
+        monkeypatch.setattr("tests.fake_device.FakeEvent.query", lambda self: False)  # it is not done before it fails
         handle = Handle("bucket 3")
         link = world.links[1]
         flat = link.driver.tensor(values(1, 60))

@@ -107,9 +107,11 @@ def mpi_takes_their_memory(job: Job) -> Iterator[Finding]:
 
 def nccl_is_used(job: Job) -> Iterator[Finding]:
     """Asked for, and not followed."""
+    if job.ranks[0].settings.get("local") != "nccl":
+        return
     near = [pair for pair in job.pairs if len({job.ranks[rank].node for rank in pair.ranks}) == 1]
     apart = [pair.ranks for pair in near if "GPUs:" in pair.way and "GPUs: NCCL" not in pair.way]
-    if job.ranks[0].settings.get("local") == "nccl" and apart:
+    if apart:
         yield warning(
             "nccl-unused",
             f"MPIDDP_LOCAL=nccl is not followed between ranks {', '.join(f'{a} and {b}' for a, b in apart[:6])}; the "
