@@ -4,16 +4,17 @@ single thread; and on a GPU where there is one (tests/gpu)."""
 from __future__ import annotations
 
 import ctypes
+import logging
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from mpiddp.collectives import ReduceOp
+from mpiddp.collectives import ReduceOp, device_reduction
 from mpiddp.collectives.device_reduction import _TYPES, _factors, combine, reduce_parts, source_of
 from mpiddp.dtypes import SIXTEEN_BIT, dtype_called, name_of, scale_
 
@@ -128,3 +129,72 @@ def _check_kernel(call: Any, name: str, op: ReduceOp, count: int, targets: int, 
     for out in outs:
         assert torch.equal(torch.isnan(out), torch.isnan(want)), (name_of(dtype), op)
         assert torch.equal(torch.nan_to_num(out), torch.nan_to_num(want)), (name_of(dtype), op, scale)
+
+
+class FakeCupy:
+    """What is used of cupy 14: remembers with which stream and device a kernel was launched."""
+
+    def __init__(self, failing: str = "") -> None:
+        self.launched: list[Any] = []
+        self.failing = failing
+        self.current: list[Any] = []
+        self.cuda = self.Stream = self
+        self.made = 0
+
+    def RawKernel(self, source: str, name: str, options: tuple[str, ...]) -> FakeCupy:  # noqa: N802
+        return self
+
+    def compile(self) -> None:
+        if self.failing:
+            raise RuntimeError(self.failing)
+
+    def from_external(self, stream: Any) -> FakeCupy:
+        self.made += 1
+        assert stream.__cuda_stream__() == (0, 77)
+        return self
+
+    def Device(self, number: int) -> FakeCupy:  # noqa: N802
+        assert number == 3
+        return self
+
+    def __enter__(self) -> None:
+        self.current.append(self)
+
+    def __exit__(self, *_: object) -> None:
+        self.current.pop()
+
+    def __call__(self, grid: tuple[int, ...], block: tuple[int, ...], arguments: list[Any]) -> None:
+        assert len(self.current) == 2
+        self.launched.append((grid, block, [int(each) for each in arguments]))
+
+
+@pytest.fixture
+def cupy(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCupy]:
+    fake = FakeCupy()
+    monkeypatch.setattr(device_reduction, "_cupy", lambda: fake)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 3)
+    monkeypatch.setattr("torch.cuda.current_stream", lambda _: type("Stream", (), {"cuda_stream": 77}))
+    for cached in (device_reduction._kernel, device_reduction._stream, device_reduction._say_once):
+        cached.cache_clear()
+    yield fake
+    for cached in (device_reduction._kernel, device_reduction._stream, device_reduction._say_once):
+        cached.cache_clear()
+
+
+def test_a_launch(cupy: FakeCupy) -> None:
+    """On the current device and stream, which are asked for once a stream."""
+    parts = [torch.ones(1000), torch.ones(1000)]
+    for _ in range(2):
+        assert device_reduction._launch(ReduceOp.SUM, parts, parts[:1], 1.0)
+    grid, block, arguments = cupy.launched[1]
+    assert (grid, block) == ((1,), (256,)) and cupy.made == 1
+    assert arguments == [parts[0].data_ptr(), parts[1].data_ptr(), parts[0].data_ptr(), 1000, 1, 0]
+
+
+def test_a_kernel_that_does_not_compile(cupy: FakeCupy, caplog: pytest.LogCaptureFixture) -> None:
+    """It is said once, and torch's operations take its place."""
+    cupy.failing = "libnvrtc.so.13 is missing"
+    with caplog.at_level(logging.WARNING, "mpiddp"):
+        for op in (ReduceOp.SUM, ReduceOp.MAX):
+            assert not device_reduction._launch(op, [torch.ones(3)], [torch.ones(3)], 1.0)
+    assert len(caplog.records) == 1 and "libnvrtc.so.13 is missing" in caplog.text and not cupy.launched
