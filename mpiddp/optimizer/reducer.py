@@ -25,7 +25,7 @@ from .agreement import agree_on_order, agree_on_trained
 from .autograd import BackwardEnd
 from .gradients import Gradients
 from .hooks import watch_gradient
-from .layout import Bucket, Layout, shared_zeros
+from .layout import Bucket, Layout, read_tails, shared_zeros
 from .options import Options
 from .sparse import gather_sparse
 from .wire import Sending, Wire
@@ -224,8 +224,8 @@ class Reducer:
             for sending in self._under_way:
                 sending.wait(self.engine)
         self.gradients.averaged.clear()
-        for bucket in self.layout.buckets:
-            late, relayout = self.gradients.hand_out(bucket)  # the last one's count
+        for bucket, tail in zip(self.layout.buckets, read_tails(self.layout.buckets), strict=True):
+            late, relayout = self.gradients.hand_out(bucket, tail)  # the last one's count
         if relayout:
             self._place_newcomers()
         if late or relayout:
