@@ -74,8 +74,8 @@ def _start(link: Link, ways: Ways, device: torch.device) -> Until[str]:
     library, uuid, own = None, "", ""
     try:
         library, uuid = ways.nccl_library(), ways.devices.driver.uuid(device)
-    except (ImportError, RuntimeError) as error:
-        own = str(error)
+    except Exception as error:  # whatever it is, the others must hear of it
+        own = str(error) or repr(error)
     uuids = yield from gather_words(link, uuid, MAPPING_TAG)
     reasons = yield from gather_words(link, own, MAPPING_TAG)
     why = nccl.problem(list(zip(uuids, reasons, strict=True)))
@@ -85,8 +85,8 @@ def _start(link: Link, ways: Ways, device: torch.device) -> Until[str]:
     if link.rank == 0:
         try:
             uid = bytes(library.get_unique_id())
-        except (RuntimeError, TypeError, ValueError) as error:
-            own = str(error)
+        except Exception as error:
+            own = str(error) or repr(error)
     uids = yield from gather_bytes(link, uid, nccl.UID_NBYTES, MAPPING_TAG)
     if any(uids[0]):
         stream = ways.devices.of_device(device).handle
