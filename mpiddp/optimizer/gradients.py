@@ -18,7 +18,7 @@ __all__ = ["Gradients"]
 
 
 class Gradients:
-    """State: belongs to the thread that runs backward; autograd calls hooks one at a time."""
+    """State: belongs to the thread that runs backward; its owner calls one hook at a time."""
 
     def __init__(self, sparse_as_dense: bool, lay_out: Callable[[Sequence[torch.Tensor]], Layout] = Layout) -> None:
         self.params: list[torch.Tensor] = []
