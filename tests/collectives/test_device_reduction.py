@@ -4,6 +4,7 @@ single thread; and on a GPU where there is one (tests/gpu)."""
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import logging
 import shutil
 import subprocess
@@ -111,6 +112,29 @@ def test_the_kernels(name: str, op: ReduceOp, kernel: Callable[..., Any]) -> Non
     for count, targets, is_aligned in which:
         for scale in (1.0, 0.5, 0.7) if op is ReduceOp.SUM else (1.0,):
             _check_kernel(kernel(name, op, count, targets, is_aligned), name, op, count, targets, is_aligned, scale)
+
+
+def _nvrtc() -> Any:
+    """CUDA's run-time compiler, which needs no GPU, from its wheel; None where that is not installed."""
+    found = importlib.util.find_spec("nvidia")
+    for folder in (found.submodule_search_locations or ()) if found else ():
+        for path in sorted(Path(folder).glob("*/lib/libnvrtc.so.[0-9]*")):
+            return ctypes.CDLL(str(path))
+    return None
+
+
+@pytest.mark.skipif(_nvrtc() is None, reason="needs CUDA's compiler: pip install nvidia-cuda-nvrtc")
+def test_the_kernels_compile_for_a_gpu() -> None:
+    nvrtc, options = _nvrtc(), (ctypes.c_char_p * 2)(b"--std=c++17", b"--gpu-architecture=sm_90")
+    for which in (*_kernels(), ("bfloat16", ReduceOp.SUM, 32, 32, True)):
+        program, length = ctypes.c_void_p(), ctypes.c_size_t()
+        source = source_of(*which).encode()
+        assert nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, b"reduce.cu", 0, None, None) == 0
+        code = nvrtc.nvrtcCompileProgram(program, 2, options)
+        assert nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(length)) == 0
+        log = ctypes.create_string_buffer(length.value)
+        assert nvrtc.nvrtcGetProgramLog(program, log) == 0 and code == 0, (which, log.value.decode())
+        assert nvrtc.nvrtcDestroyProgram(ctypes.byref(program)) == 0
 
 
 def _check_kernel(call: Any, name: str, op: ReduceOp, count: int, targets: int, is_aligned: bool, scale: float) -> None:
