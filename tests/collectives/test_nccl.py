@@ -137,11 +137,12 @@ def test_between_nodes_by_the_ring() -> None:
 
 
 def test_many_at_once_are_enqueued_in_one_order() -> None:
-    """Whatever the order in which each rank resumes them."""
+    """Whatever the order in which each rank resumes them; beside others that go another way, on the same streams."""
     for seed in range(20):
         with Tracker() as tracker:
             world = World(tracker, 3, seed=seed)
-            found = world.play(40, *(allreduce(1.0, tag) for tag in range(5)))
+            found = world.play(40, *(allreduce(1.0, tag, is_ordered=tag == 3) for tag in range(6)))
+        assert len(world.nodes[0].ran) == 5
         for number, results in enumerate(found):
             assert all(torch.equal(result, total(3, 40 + number)) for result in results)
 
