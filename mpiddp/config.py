@@ -38,6 +38,7 @@ class Config:
     segment_kb: int = 512
     algorithm: str = ""
     cuda_aware: bool | None = None
+    local: str = "ipc"
     deterministic: bool = False
     fault_tolerant: bool = False
     progress_interval_ms: float = 5.0
@@ -201,6 +202,12 @@ VARIABLES: tuple[Variable, ...] = (
         "1: reductions give the same bits whatever the sizes of buckets and the layout of ranks over nodes",
     ),
     Variable("MPIDDP_CUDA_AWARE", "cuda_aware", _boolean, "1: prepare MPI for device buffers, 0: never give it any"),
+    Variable(
+        "MPIDDP_LOCAL",
+        "local",
+        _one_of("ipc", "nccl"),
+        "how the GPUs of a node reduce: by CUDA IPC, or by NCCL through cupy",
+    ),
     Variable("MPIDDP_FAULT_TOLERANT", "fault_tolerant", _boolean, "1: prepare MPI for surviving the death of a rank"),
     Variable(
         "MPIDDP_PROGRESS_INTERVAL_MS",

@@ -167,6 +167,7 @@ def _stop(free: bool) -> None:
         together = _farewell(runtime)
     runtime.engine.presence.close()
     runtime.engine.stop(NotInitializedError("mpiddp was shut down; call mpiddp.init() again"))
+    runtime.channel.close(together)
     _runtime = None
     runtime.sets.forget(free=together and free)
     runtime.memory.close()

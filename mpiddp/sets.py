@@ -35,7 +35,9 @@ def open_channel(comm: Any, ranks: Sequence[int], world: World, settings: Config
     link = HostLink(comm, "ordered" if settings.deterministic else settings.algorithm)
     if settings.cuda_aware:
         link.ways.way_to = lambda _: CUDA_AWARE
-    _lay_out(link, [world.nodes[rank] for rank in ranks], node)
+    # NCCL for the world's alone: kernels of two communicators, enqueued in different orders, could wait for each other.
+    has_nccl = settings.local == "nccl" and len(ranks) == world.size
+    _lay_out(link, [world.nodes[rank] for rank in ranks], node, has_nccl)
     return Channel(
         link,
         port,
@@ -45,19 +47,22 @@ def open_channel(comm: Any, ranks: Sequence[int], world: World, settings: Config
     )
 
 
-def _lay_out(link: HostLink, nodes: Sequence[int], node: Node | None) -> None:
-    """Say how the members lie on ``nodes``; ``node`` is the memory of those on this one."""
+def _lay_out(link: HostLink, nodes: Sequence[int], node: Node | None, has_nccl: bool) -> None:
+    """Say how the members lie on ``nodes``; ``node`` is the memory of those on this one. ``has_nccl``: they are to use
+    NCCL if they can."""
     by_node: dict[int, list[int]] = {}
     for member, number in enumerate(nodes):
         by_node.setdefault(number, []).append(member)
     local = by_node[nodes[link.rank]]
     if len(by_node) == 1:
         link.node = node
+        link.ways.wants_nccl = has_nccl and link.size > 1 and link.algorithm == ""
         link.ways.can_map = link.size > 1 and link.algorithm in ("", "shared_memory", "ordered")
     elif len(local) > 1 and all(len(members) == len(local) for members in by_node.values()):
         place = local.index(link.rank)
         within = Among(link, local, node)
         within.ways.can_map = link.algorithm in ("", "hierarchical")
+        within.ways.wants_nccl = has_nccl and within.ways.can_map
         link.levels = Levels(within, Among(link, [members[place] for members in by_node.values()]))
 
 

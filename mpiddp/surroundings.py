@@ -57,7 +57,8 @@ def look_around(comm: MPI.Intracomm | Sequence[int] | None, wished: Config) -> S
     launch.after_mpi(config.environ())
     _say(world, prepared.lost, started.kind)
     gpu = gpus.place(world.node_comm, inquiry.answer())
-    answer = cuda_aware(world.comm, world.nodes, gpu.index, library, settings.cuda_aware)
+    with_nccl = settings.local == "nccl"
+    answer = cuda_aware(world.comm, world.nodes, gpu.index, library, settings.cuda_aware, with_nccl=with_nccl)
     _say_of_gpus(world, gpu, answer, settings.cuda_aware)
     return Surroundings(world, topology, replace(settings, cuda_aware=answer.yes), gpu, answer)
 

@@ -48,17 +48,22 @@ class Agent:
 
 
 class FakeEvent:
+    """``behind``: work that waits for other ranks, and is done when it has a clock (tests/fake_nccl.py)."""
+
     def __init__(self, stream: FakeStream) -> None:
-        self.clock, self.driver = dict(stream.clock), stream.driver
+        self.clock, self.driver, self.behind = dict(stream.clock), stream.driver, stream.last
 
     def query(self) -> bool:
-        if self.driver.random.random() < 0.5:
+        if self.driver.random.random() < 0.5 or (self.behind is not None and self.behind.clock is None):
             return False
         self.synchronize()
         return True
 
     def synchronize(self) -> None:
         self.driver.host.follow(self.clock)
+        if self.behind is not None:
+            assert self.behind.clock is not None, "it waits for other ranks"
+            self.driver.host.follow(self.behind.clock)
 
     def elapsed_time(self, other: FakeEvent) -> int:
         """How much any of the streams has done in between."""
@@ -69,12 +74,14 @@ class FakeStream(Agent):
     def __init__(self, name: str, driver: FakeDriver) -> None:
         super().__init__(name)
         self.driver = driver
+        self.last: Any = None  # the last work on it that waits for other ranks
 
     def record_event(self) -> FakeEvent:
         return FakeEvent(self)
 
     def wait_event(self, event: FakeEvent) -> None:
         self.follow(event.clock)
+        self.last = event.behind or self.last
 
 
 class FakeDriver:
@@ -85,7 +92,9 @@ class FakeDriver:
         self.host = Agent(f"host {rank}")
         self.user = FakeStream(f"the user's stream on rank {rank}", self)
         self.capturing = False
+        self.gpu = f"gpu-{rank}"
         self._rank, self._made = rank, 0
+        self._streams: dict[int, FakeStream] = {}
 
     def current(self, device: torch.device) -> FakeStream:
         mine = [agent for agent in self.tracker.agents if isinstance(agent, FakeStream) and agent.driver is self]
@@ -94,6 +103,16 @@ class FakeDriver:
     def make_stream(self, device: torch.device) -> FakeStream:
         self._made += 1
         return FakeStream(f"stream {self._made} of rank {self._rank}", self)
+
+    def handle(self, stream: FakeStream) -> int:
+        self._streams[id(stream)] = stream
+        return id(stream)
+
+    def stream(self, handle: int) -> FakeStream:
+        return self._streams[handle]
+
+    def uuid(self, device: torch.device) -> str:
+        return self.gpu
 
     def mark(self, stream: FakeStream) -> FakeEvent:
         return FakeEvent(stream)
@@ -200,6 +219,14 @@ class Tracker(TorchDispatchMode):
             accesses[:] = [entry for entry in accesses if not (lo <= entry[0] and entry[1] <= hi)]
         accesses.append((lo, hi, agent.name, agent.clock[agent.name], write))
 
+    def at(self, address: int, numel: int, dtype: torch.dtype) -> torch.Tensor:
+        """The tensor that lies there, for who is given addresses alone."""
+        for storage in self._storages.values():
+            offset = address - storage.data_ptr()
+            if offset >= 0 and offset + numel * dtype.itemsize <= storage.nbytes():
+                return torch.empty(0, dtype=dtype).set_(storage, offset // dtype.itemsize, (numel,))
+        raise AssertionError(f"no tensor has {numel} elements at {address:#x}")
+
     def _key(self, tensor: torch.Tensor) -> int:
         storage = tensor.untyped_storage()
         key = storage._cdata if not storage.nbytes() else storage.data_ptr()
@@ -249,7 +276,7 @@ class FakeLink:
     def __init__(self, link: SimulatedLink, driver: FakeDriver, way_to: Callable[[int], str]) -> None:
         self._link, self.driver = link, driver
         self.rank, self.size, self.algorithm = link.rank, link.size, ""
-        self.node = self.gpus = None
+        self.node = self.gpus = self.nccl = None
         self.levels: Levels | None = None
         self.ways = Ways(way_to, driver)
 

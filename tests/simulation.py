@@ -125,7 +125,7 @@ class SimulatedLink:
         self.network, self.rank, self.size = network, rank, len(members)
         self.members, self.group = members, group
         self.node: Node | None = None
-        self.gpus = None
+        self.gpus = self.nccl = None
         self.algorithm = ""
         self.levels: Levels | None = None
 

@@ -24,10 +24,10 @@ from ..memory.ipc import RECORD_NBYTES, TOKEN_NBYTES, DeviceMemory
 from ..memory.streams import Device
 from ..transport.base import Link, Steps
 from ..transport.device import Ways
-from ..transport.steps import Until
 from ..transport.tags import MAPPING_TAG
-from . import ring, tree
+from . import tree
 from .base import Bounds, ReduceOp
+from .by_hosts import gather_bytes, gather_words, host_of
 from .device_reduction import reduce_parts
 from .shared_memory import aligned_cut
 
@@ -38,9 +38,6 @@ ONE_SHOT_NBYTES = 512 << 10
 
 #: Memory that peers map, for tensors that they cannot map, is kept for the next one up to this size.
 _KEPT_NBYTES = 256 << 20
-
-#: Room for the reason why a rank cannot map a peer's memory.
-_REASON_NBYTES = 240
 
 
 def agree(link: Link, device: torch.device) -> Steps:
@@ -58,17 +55,16 @@ def agree(link: Link, device: torch.device) -> Steps:
             token, why = ways.memory.token(device), ""
         except OSError as error:
             why = str(error)
-        tokens = yield from _gather(within, token, TOKEN_NBYTES)
+        tokens = yield from gather_bytes(within, token, TOKEN_NBYTES, MAPPING_TAG)
         for peer, other in enumerate(tokens):
             if not why and peer != within.rank and any(other):
                 problem = ways.memory.problem(other, device)
                 why = f"of member {peer}: {problem}" if problem else ""
-        reasons = yield from _gather(within, why.encode()[:_REASON_NBYTES].ljust(_REASON_NBYTES, b"\0"), _REASON_NBYTES)
-        told = [reason.rstrip(b"\0").decode(errors="replace") for reason in reasons]
+        told = yield from gather_words(within, why, MAPPING_TAG)
         ways.mapped = not any(told)
     finally:
         ways.is_asking = False
-    if any(told) and within.rank == 0:
+    if any(told) and within.rank == 0 and ways.nccl is None:
         _say(told)
 
 
@@ -82,17 +78,6 @@ def _say(told: Sequence[str]) -> None:
         rank,
         why,
     )
-
-
-def _gather(link: Link, own: bytes, nbytes: int, tag: int = MAPPING_TAG) -> Until[list[bytes]]:
-    """Every member's ``nbytes`` bytes; nobody has them before everybody has come."""
-    table = torch.zeros(link.size * nbytes, dtype=torch.uint8, device="cpu")
-    bounds = [(nbytes * member, nbytes * (member + 1)) for member in range(link.size)]
-    lo, hi = bounds[link.rank]
-    table[lo:hi] = torch.frombuffer(bytearray(own), dtype=torch.uint8)
-    yield from ring.allgather(link, table, bounds, tag)
-    content = table.numpy().tobytes()
-    return [content[lo:hi] for lo, hi in bounds]
 
 
 def allreduce(link: Link, gpus: DeviceMemory, flat: torch.Tensor, op: ReduceOp, tag: int, scale: float = 1.0) -> Steps:
@@ -178,11 +163,11 @@ def _exchange(
         record = gpus.record(shown)
         assert record is not None
     yield from _until_done(device)
-    records = yield from _gather(_host(link), record, RECORD_NBYTES, tag)
+    records = yield from gather_bytes(host_of(link), record, RECORD_NBYTES, tag)
     parts = [shown if member == link.rank else gpus.tensor(other, flat) for member, other in enumerate(records)]
     later = device.timed(lambda: work(parts, flat))
     yield from _until_done(device)
-    yield from tree.barrier(_host(link), tag)
+    yield from tree.barrier(host_of(link), tag)
     if later is not None and later is not flat:
         flat.copy_(later)
     elif shown is not flat and is_back_in_place:
@@ -199,11 +184,6 @@ def _take_stage(ways: Ways, gpus: DeviceMemory, flat: torch.Tensor) -> torch.Ten
         if stage.device == flat.device and flat.nbytes <= stage.nbytes:
             return ways.stages.pop(at)
     return gpus.empty(flat.nbytes, torch.uint8, flat.device)
-
-
-def _host(link: Link) -> Link:
-    """The members' hosts."""
-    return getattr(link, "host", link)
 
 
 def _until_done(device: Device) -> Steps:

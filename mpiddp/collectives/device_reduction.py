@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from ..dtypes import INTEGERS, name_of, scale_
+from ..log import logger
 from .base import ReduceOp
 from .reduction import Reduction
 
@@ -164,21 +165,59 @@ def _cupy() -> Any:
 
 @functools.cache
 def _kernel(dtype: str, op: ReduceOp, count: int, targets: int, is_aligned: bool) -> Any:
-    return _cupy().RawKernel(source_of(dtype, op, count, targets, is_aligned), "reduce", ("--std=c++17",))
+    """Compiled for the current device; None where that fails."""
+    try:
+        kernel = _cupy().RawKernel(source_of(dtype, op, count, targets, is_aligned), "reduce", ("--std=c++17",))
+        kernel.compile()
+    except Exception as error:  # of many kinds: an import's, the driver's, the compiler's
+        _say_once(f"{type(error).__name__}: {error}")
+        return None
+    return kernel
 
 
-def _launch(op: ReduceOp, parts: Sequence[torch.Tensor], outs: Sequence[torch.Tensor], scale: float) -> None:
-    cupy = _cupy()
+@functools.cache
+def _say_once(why: str) -> None:
+    logger.warning(
+        "cupy cannot compile a kernel, so torch's operations take its place, which is slower: %s. Its version must be "
+        "that of the driver and of PyTorch's CUDA (cupy-cuda12x or cupy-cuda13x)",
+        why,
+    )
+
+
+class _Handle:
+    """A stream of the driver's, for cupy."""
+
+    def __init__(self, address: int) -> None:
+        self._address = address
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._address
+
+
+@functools.lru_cache(maxsize=256)
+def _stream(address: int, device: int) -> Any:
+    """cupy's object for it. Torch's streams live as long as the process, in a pool of 32 a device and priority."""
+    streams = _cupy().cuda
+    if hasattr(streams.Stream, "from_external"):  # from version 14 on, where ExternalStream warns at each use
+        return streams.Stream.from_external(_Handle(address))
+    return streams.ExternalStream(address, device)
+
+
+def _launch(op: ReduceOp, parts: Sequence[torch.Tensor], outs: Sequence[torch.Tensor], scale: float) -> bool:
+    """False where there is no kernel, and nothing was done."""
     first, device = parts[0], torch.cuda.current_device()  # not a peer's, whose part may come first
     addresses = [tensor.data_ptr() for tensor in (*parts, *outs)]
     is_aligned = not any(address % 16 for address in addresses)
     kernel = _kernel(name_of(first.dtype), op, len(parts), len(outs), is_aligned)
+    if kernel is None:
+        return False
     numel = first.numel()
     work = -(-first.nbytes // 16) if is_aligned else numel
     arguments = [*(np.uint64(address) for address in addresses), np.uint64(numel), *_factors(first.dtype, scale)]
-    stream = cupy.cuda.ExternalStream(torch.cuda.current_stream(device).cuda_stream, device)
-    with cupy.cuda.Device(device), stream:
+    stream = _stream(torch.cuda.current_stream(device).cuda_stream, device)
+    with _cupy().cuda.Device(device), stream:
         kernel((min(_BLOCKS, -(-work // _THREADS)),), (_THREADS,), arguments)
+    return True
 
 
 def _factors(dtype: torch.dtype, scale: float) -> tuple[np.float64, np.int64]:
@@ -202,15 +241,25 @@ def reduce_parts(op: ReduceOp, parts: Sequence[torch.Tensor], outs: Sequence[tor
     first = parts[0]
     if not first.numel():
         return
-    if outs[0].is_cuda and len(parts) + len(outs) <= _POINTERS and name_of(first.dtype) in _TYPES and has_kernels():
-        _launch(op, parts, outs, scale)
+    can_launch = outs[0].is_cuda and len(parts) + len(outs) <= _POINTERS and name_of(first.dtype) in _TYPES
+    if can_launch and has_kernels() and _launch(op, parts, outs, scale):
         return
-    out = outs[0]
+    _by_torch(op, parts, outs, scale)
+
+
+def _by_torch(op: ReduceOp, parts: Sequence[torch.Tensor], outs: Sequence[torch.Tensor], scale: float) -> None:
+    """On the current device, whose current stream has done all when it has done this: torch copies between devices on
+    the stream of the source, and has the stream of the target wait."""
+    first, out = parts[0], outs[0]
+    if out.is_cuda:
+        here = torch.device("cuda", torch.cuda.current_device())
+        out = next((each for each in outs if each.device == here), out)
     parts = [part if part.device == out.device else part.to(out.device) for part in parts]
     parts = [out if part.data_ptr() == out.data_ptr() else part for part in parts]  # Reduction asks which one it is
     if len(parts) == 1:
-        scale_(outs[0].copy_(first), scale)
+        scale_(out.copy_(parts[0]), scale)
     else:
-        Reduction(op, first.dtype, scale, len(parts), first.numel(), first.device)(parts, outs[0])
-    for out in outs[1:]:
-        out.copy_(outs[0])
+        Reduction(op, first.dtype, scale, len(parts), first.numel(), out.device)(parts, out)
+    for each in outs:
+        if each is not out:
+            each.copy_(out)

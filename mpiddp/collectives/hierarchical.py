@@ -14,10 +14,10 @@ from collections.abc import Sequence
 
 import torch
 
-from ..transport.base import Levels, Steps
+from ..transport.base import Levels, Link, Steps
 from ..transport.session import Session
-from . import cuda_ipc, ring, shared_rounds
-from .base import ReduceOp, cut
+from . import cuda_ipc, nccl, ring, shared_rounds
+from .base import Bounds, ReduceOp, cut
 from .shared_memory import aligned_cut
 
 __all__ = ["PART_NBYTES", "allreduce"]
@@ -90,27 +90,42 @@ class _Parts:
 
     def _reduce_scatter(self, session: Session | None, number: int) -> Steps:
         part, bounds = self.parts[number], self.bounds[number]
-        gpus = self.local.gpus
-        if gpus is not None:
-            yield from cuda_ipc.reduce_scatter(self.local, gpus, part, bounds, self.op, self.tag)
-            return
         if session is None:
-            yield from ring.reduce_scatter(self.local, part, bounds, self.op, self.tag, 1.0, self.segment_nbytes)
+            yield from self._reduce_scatter_apart(self.local, part, bounds)
             return
         if number:
             yield from session.begin_anew()
         yield from shared_rounds.reduce_scatter_in(session, part, bounds, self.op)
 
+    def _reduce_scatter_apart(self, local: Link, part: torch.Tensor, bounds: Bounds) -> Steps:
+        """Where the node's ranks share no memory of the host."""
+        group = nccl.takes(local, part, self.op)
+        if group is not None:
+
+            def otherwise(link: Link) -> Steps:
+                return self._reduce_scatter_apart(link, part, bounds)
+
+            return nccl.reduce_scatter(local, group, part, bounds, self.op, self.tag, 1.0, otherwise)
+        if local.gpus is not None:
+            return cuda_ipc.reduce_scatter(local, local.gpus, part, bounds, self.op, self.tag)
+        return ring.reduce_scatter(local, part, bounds, self.op, self.tag, 1.0, self.segment_nbytes)
+
+    def _gather_apart(self, local: Link, part: torch.Tensor, bounds: Bounds) -> Steps:
+        group = nccl.takes(local, part)
+        if group is not None:
+            return nccl.allgather(
+                local, group, part, bounds, self.tag, lambda link: self._gather_apart(link, part, bounds)
+            )
+        if local.gpus is not None:
+            return cuda_ipc.allgather(local, local.gpus, part, bounds, self.tag)
+        return ring.allgather(local, part, bounds, self.tag, self.segment_nbytes)
+
     def _gather(self, session: Session | None, number: int) -> Steps:
         while self.crossed <= number:
             yield None
         part, bounds = self.parts[number], self.bounds[number]
-        gpus = self.local.gpus
-        if gpus is not None:
-            yield from cuda_ipc.allgather(self.local, gpus, part, bounds, self.tag)
-            return
         if session is None:
-            yield from ring.allgather(self.local, part, bounds, self.tag, self.segment_nbytes)
+            yield from self._gather_apart(self.local, part, bounds)
             return
         yield from session.begin_anew()
         yield from shared_rounds.allgather_in(session, part, bounds)

@@ -7,7 +7,19 @@ import torch
 from ..transport.base import Link, Steps
 from ..transport.node import Node
 from ..transport.session import Meeting
-from . import cuda_ipc, doubling, hierarchical, one_shot, ordered, pairwise, ring, shared_memory, shared_rounds, tree
+from . import (
+    cuda_ipc,
+    doubling,
+    hierarchical,
+    nccl,
+    one_shot,
+    ordered,
+    pairwise,
+    ring,
+    shared_memory,
+    shared_rounds,
+    tree,
+)
 from .base import Bounds, ReduceOp
 
 __all__ = [
@@ -62,6 +74,11 @@ def allreduce(
         if one_shot.is_possible(link.node, flat, scale):
             return one_shot.allreduce(link.node, flat, op, tag, scale)
         return shared_memory.allreduce(link.node, flat, op, tag, scale, is_ordered)
+    group = None if is_ordered else nccl.takes(link, flat, op)
+    if group is not None:
+        return nccl.allreduce(
+            link, group, flat, op, tag, scale, lambda link: allreduce(link, flat, op, tag, scale, segment_nbytes)
+        )
     if link.gpus is not None:
         return cuda_ipc.allreduce(link, link.gpus, flat, op, tag, scale)
     if algorithm == ORDERED:
@@ -100,9 +117,17 @@ def reduce_scatter(
     node = shared_node(link)
     if node is not None:
         return shared_rounds.reduce_scatter(node, flat, bounds, op, tag, scale)
+    is_ordered |= link.algorithm == ORDERED
+    group = None if is_ordered else nccl.takes(link, flat, op)
+    if group is not None:
+
+        def otherwise(link: Link) -> Steps:
+            return reduce_scatter(link, flat, bounds, op, tag, scale, segment_nbytes)
+
+        return nccl.reduce_scatter(link, group, flat, bounds, op, tag, scale, otherwise)
     if link.gpus is not None:
         return cuda_ipc.reduce_scatter(link, link.gpus, flat, bounds, op, tag, scale)
-    if is_ordered or link.algorithm == ORDERED:
+    if is_ordered:
         return ordered.reduce_scatter(link, flat, bounds, op, tag, scale, segment_nbytes)
     return ring.reduce_scatter(link, flat, bounds, op, tag, scale, segment_nbytes)
 
@@ -114,6 +139,11 @@ def allgather(
     node = shared_node(link)
     if node is not None:
         return shared_rounds.allgather(node, flat, bounds, tag)
+    group = nccl.takes(link, flat)
+    if group is not None:
+        return nccl.allgather(
+            link, group, flat, bounds, tag, lambda link: allgather(link, flat, bounds, tag, segment_nbytes)
+        )
     if link.gpus is not None:
         return cuda_ipc.allgather(link, link.gpus, flat, bounds, tag)
     return ring.allgather(link, flat, bounds, tag, segment_nbytes)
@@ -124,6 +154,9 @@ def broadcast(link: Link, flat: torch.Tensor, root: int, tag: int) -> Steps:
     node = shared_node(link)
     if node is not None:
         return shared_rounds.broadcast(node, flat, root, tag)
+    group = nccl.takes(link, flat)
+    if group is not None:
+        return nccl.broadcast(link, group, flat, root, tag, lambda link: broadcast(link, flat, root, tag))
     if link.gpus is not None:
         return cuda_ipc.broadcast(link, link.gpus, flat, root, tag)
     return tree.broadcast(link, flat, root, tag)

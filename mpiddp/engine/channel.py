@@ -281,6 +281,11 @@ class Channel:
         self._starting.clear()
         self.running.clear()
 
+    def close(self, is_clean: bool) -> None:
+        """Give back what the link's GPUs hold. ``is_clean``: nothing is under way, here or elsewhere."""
+        within = self.link if self.link.levels is None else self.link.levels.local
+        within.ways.close(is_clean)
+
     def __repr__(self) -> str:
         state = f"{len(self.running)} running, {len(self.member.waiting)} waiting" if self.pending else "idle"
         return f"Channel(member {self.link.rank} of {self.link.size}, {state})"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ..collectives import cuda_ipc
+from ..collectives import cuda_ipc, nccl
 from ..memory.streams import Device, Passage, on_exchange_streams
 from ..transport.base import Link, Steps
 from ..transport.device import DeviceLink, Ways
@@ -65,6 +65,7 @@ def placed(link: Link, flat: torch.Tensor, start: Start, how: How = How.BY_SIZE)
 
 
 def _by_pieces(link: Link, device: Device, flat: torch.Tensor, start: Start) -> Steps:
+    yield from nccl.agree(link, flat.device)
     yield from cuda_ipc.agree(link, flat.device)
     yield from start(DeviceLink(link, device), flat)
 

@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .. import trace
+from ..errors import CollectiveError
 from ..transport.base import Link, Steps
+from ..transport.nccl import NcclError
 from .request import Handle
 
 if TYPE_CHECKING:
@@ -42,6 +44,9 @@ class Running:
             mark = next(self.steps)
         except StopIteration:
             pass
+        except NcclError as error:
+            for handle in self.handles:
+                handle.fail(CollectiveError(f"{handle.name!r} failed: {error}"))
         except Exception as error:
             for handle in self.handles:
                 handle.fail(error)

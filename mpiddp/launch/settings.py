@@ -123,16 +123,30 @@ def _chosen(environ: Mapping[str, str], files: Iterable[Path]) -> dict[str, str]
     return values
 
 
+def _refuse_contradictions(config: Config) -> None:
+    if config.cuda_aware and config.fault_tolerant:  # no layer of Open MPI does both
+        raise ConfigError(
+            "MPIDDP_CUDA_AWARE=1 needs Open MPI's ucx and MPIDDP_FAULT_TOLERANT=1 needs ob1: unset one of them"
+        )
+    if config.local == "nccl" and config.cuda_aware:
+        raise ConfigError(
+            "MPIDDP_LOCAL=nccl and MPIDDP_CUDA_AWARE=1 together can hang: a kernel of NCCL waits on the GPU for a rank "
+            "that waits in MPI for its own GPU. Unset one of them"
+        )
+    if config.local == "nccl" and config.deterministic:
+        raise ConfigError(
+            "with MPIDDP_LOCAL=nccl NCCL chooses the order of additions, which MPIDDP_DETERMINISTIC=1 does not allow: "
+            "unset one of them"
+        )
+
+
 def before_mpi(config: Config) -> Prepared:
     """Set what Open MPI is to read at start-up, and load UCX if ``config.cuda_aware`` asks for it.
 
     If MPI runs already nothing is set, and ``lost`` says what that costs and which line to move. Raises
-    :class:`ConfigError` when CUDA-aware MPI is asked for and fault tolerance too: no layer of Open MPI does both.
+    :class:`ConfigError` where two settings contradict each other.
     """
-    if config.cuda_aware and config.fault_tolerant:
-        raise ConfigError(
-            "MPIDDP_CUDA_AWARE=1 needs Open MPI's ucx and MPIDDP_FAULT_TOLERANT=1 needs ob1: unset one of them"
-        )
+    _refuse_contradictions(config)
     environ, launch = configuration.environ(), detect(configuration.environ())
     files, is_wheel, cpus = conf_files(environ), mpi_is_wheel(environ), len(processes.usable_cpus())
     settings = choose_settings(config, environ, files, launch, cpus, is_wheel, interfaces())

@@ -124,8 +124,10 @@ class Libcuda:
         return ordinal.value
 
     def write(self, address: int, data: bytes) -> None:
-        """Copy to the device, and wait for that."""
+        """Copy to the device, and wait for that: the driver's call returns when ``data`` is free again, which of 64 KiB
+        or less may be before they have arrived."""
         self._call("cuMemcpyHtoD_v2", ctypes.c_uint64(address), data, ctypes.c_size_t(len(data)))
+        self._call("cuCtxSynchronize")
 
     def read(self, address: int, nbytes: int) -> bytes:
         """Copy from the device."""

@@ -18,7 +18,7 @@ __all__ = ["Gradients"]
 
 
 class Gradients:
-    """State: belongs to the thread that runs backward; autograd calls hooks one at a time."""
+    """State: belongs to the thread that runs backward; its owner calls one hook at a time."""
 
     def __init__(self, sparse_as_dense: bool, lay_out: Callable[[Sequence[torch.Tensor]], Layout] = Layout) -> None:
         self.params: list[torch.Tensor] = []
@@ -106,12 +106,11 @@ class Gradients:
                 view.zero_()
         bucket.tail.copy_(bucket.usual if all(present) else torch.tensor([*present, 0, 0], device="cpu"))
 
-    def hand_out(self, bucket: Bucket) -> list[float]:
+    def hand_out(self, bucket: Bucket, tail: Sequence[float]) -> Sequence[float]:
         """``grad`` is a view again, where some rank had a gradient; a parameter without one anywhere keeps None.
 
-        Returns the control flags.
+        ``tail`` is what came in the bucket's. Returns the control flags.
         """
-        tail: list[float] = bucket.tail.tolist()
         for index, view, flag in zip(bucket.indices, bucket.views, tail, strict=False):
             if flag != 0:
                 if self.is_sparse(index):

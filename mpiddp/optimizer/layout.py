@@ -9,7 +9,7 @@ import torch
 
 from ..transport.base import Link
 
-__all__ = ["Bucket", "Layout", "aligned_numel", "is_dense", "plan", "shared_zeros"]
+__all__ = ["Bucket", "Layout", "aligned_numel", "is_dense", "plan", "read_tails", "shared_zeros"]
 
 #: Every gradient begins at a multiple of this, so that vector instructions and foreach kernels find it aligned.
 _ALIGN_NBYTES = 64
@@ -107,6 +107,29 @@ class Bucket:
     def __repr__(self) -> str:
         size = self.flat.numel() * self.flat.element_size() / (1 << 20)
         return f"Bucket({len(self.indices)} parameters, {size:.2f} MiB of {self.flat.dtype} on {self.flat.device})"
+
+
+def read_tails(buckets: Sequence[Bucket]) -> list[list[float]]:
+    """What is in the tail of each bucket.
+
+    The host waits for a device once, not once a bucket: at the end of the drain, when the exchanges are done and only
+    what they enqueued last is not. A copy of each bucket's flags to the host would save that wait and cost one more
+    event a bucket.
+    """
+    tails = [bucket.tail for bucket in buckets]
+    return [tail.tolist() for tail in tails] if all(tail.is_cpu for tail in tails) else _read_together(tails)
+
+
+def _read_together(tails: Sequence[torch.Tensor]) -> list[list[float]]:
+    found: list[list[float]] = [[] for _ in tails]
+    for device in dict.fromkeys(tail.device for tail in tails):
+        numbers = [number for number, tail in enumerate(tails) if tail.device == device]
+        values: list[float] = torch.cat([tails[number].float() for number in numbers]).tolist()
+        at = 0
+        for number in numbers:
+            found[number] = values[at : at + tails[number].numel()]
+            at += tails[number].numel()
+    return found
 
 
 def shared_zeros(link: Link) -> Zeros:

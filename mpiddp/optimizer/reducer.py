@@ -6,11 +6,13 @@ backward ends, since it tells the others whether anything unusual happened. Whil
 parameters' ``grad`` is None, so that nobody reads or adds to what the exchange is writing; when backward returns,
 ``grad`` is a view of the bucket again.
 
-State: all of it belongs to the thread that runs backward; autograd calls hooks one at a time.
+State: all of it belongs to the thread that runs backward. Autograd has a thread for each device, so with parameters on
+several of them hooks come from several at once: ``turn`` lets one in.
 """
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,7 +27,7 @@ from .agreement import agree_on_order, agree_on_trained
 from .autograd import BackwardEnd
 from .gradients import Gradients
 from .hooks import watch_gradient
-from .layout import Bucket, Layout, shared_zeros
+from .layout import Bucket, Layout, read_tails, shared_zeros
 from .options import Options
 from .sparse import gather_sparse
 from .wire import Sending, Wire
@@ -47,9 +49,8 @@ class Reducer:
         wire: type[Wire] = Wire,
         lay_out: Callable[[Sequence[torch.Tensor]], Layout] = Layout,
     ) -> None:
-        self.engine = engine
-        self.lane = channel.lane()
-        self.passes = passes
+        self.engine, self.lane, self.passes = engine, channel.lane(), passes
+        self.turn = threading.RLock()
         self.gradients = Gradients(options.sparse_as_dense, lay_out)
         self.gradients.layout.zeros = shared_zeros(channel.link)  # gradients are reduced where they lie
         self._options = options
@@ -224,8 +225,8 @@ class Reducer:
             for sending in self._under_way:
                 sending.wait(self.engine)
         self.gradients.averaged.clear()
-        for bucket in self.layout.buckets:
-            late, relayout = self.gradients.hand_out(bucket)  # the last one's count
+        for bucket, tail in zip(self.layout.buckets, read_tails(self.layout.buckets), strict=True):
+            late, relayout = self.gradients.hand_out(bucket, tail)  # the last one's count
         if relayout:
             self._place_newcomers()
         if late or relayout:
@@ -293,6 +294,7 @@ def _caller(this: weakref.ref[Reducer], index: int) -> Any:
     def came() -> None:
         reducer = this()
         if reducer is not None:
-            reducer.gradient_came(index)
+            with reducer.turn:
+                reducer.gradient_came(index)
 
     return came

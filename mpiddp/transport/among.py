@@ -16,13 +16,13 @@ __all__ = ["Among"]
 class Among:
     """``ranks`` are the members' ranks in ``whole``, this member's among them. It shares the tags of ``whole``."""
 
-    __slots__ = ("_ranks", "_ways", "_whole", "algorithm", "gpus", "levels", "node", "rank", "size")
+    __slots__ = ("_ranks", "_ways", "_whole", "algorithm", "gpus", "levels", "nccl", "node", "rank", "size")
 
     def __init__(self, whole: Link, ranks: Sequence[int], node: Node | None = None) -> None:
         self._whole, self._ranks = whole, list(ranks)
         self.rank, self.size = self._ranks.index(whole.rank), len(self._ranks)
         self._ways: Ways | None = None
-        self.gpus = None
+        self.gpus = self.nccl = None
         self.node, self.algorithm, self.levels = node, whole.algorithm, None
 
     @property

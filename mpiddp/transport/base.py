@@ -17,6 +17,7 @@ from .steps import Steps, drain
 if TYPE_CHECKING:
     from ..memory.ipc import DeviceMemory
     from .device import Ways
+    from .nccl import Nccl
 
 __all__ = ["Levels", "Link", "Pending", "Region", "Steps", "drain", "nothing_to_move"]
 
@@ -63,6 +64,11 @@ class Link(Protocol):
     @property
     def gpus(self) -> DeviceMemory | None:
         """Memory of GPUs that all members map; None where they do not, or for tensors in host memory."""
+        ...
+
+    @property
+    def nccl(self) -> Nccl | None:
+        """NCCL among the members' GPUs; None where it is not used, or for tensors in host memory."""
         ...
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -14,17 +15,20 @@ from ..memory.pinned import Pinned
 from ..memory.streams import Device, Devices, Driver
 from . import cuda_aware, staged
 from .base import Levels, Link, Pending, nothing_to_move
+from .nccl import Nccl, load
 from .transfers import Queues
 
-__all__ = ["CUDA_AWARE", "MAPPED", "STAGED", "DeviceLink", "DeviceRegion", "Ways", "way_between"]
+__all__ = ["CUDA_AWARE", "MAPPED", "NCCL", "STAGED", "DeviceLink", "DeviceRegion", "Ways", "way_between"]
 
-STAGED, CUDA_AWARE, MAPPED = "staged", "cuda_aware", "mapped"
+STAGED, CUDA_AWARE, MAPPED, NCCL = "staged", "cuda_aware", "mapped", "nccl"
 
 
 def way_between(link: Link, peer: int, is_near: bool) -> str:
-    """By which way large tensors on GPUs reach ``peer``, a member: MAPPED, CUDA_AWARE or STAGED. ``is_near``: it is on
-    this node. MAPPED only once an exchange has found out that all on the node map each other's memory."""
+    """By which way large tensors on GPUs reach ``peer``, a member: NCCL, MAPPED, CUDA_AWARE or STAGED. ``is_near``: it
+    is on this node. The first two only once an exchange has found out that all on the node can."""
     within = link if link.levels is None else link.levels.local
+    if is_near and within.ways.nccl is not None:
+        return NCCL
     return MAPPED if is_near and within.ways.mapped else link.ways.way_to(peer)
 
 
@@ -41,6 +45,9 @@ class Ways:
         self.can_map = False  # whether the members, all on one node, are to map each other's memory
         self.mapped: bool | None = None  # whether they do; None: not found out yet, or
         self.is_asking = False  # just now
+        self.wants_nccl = False  # whether the members, all on one node, are still to find out whether they can use it
+        self.nccl: Nccl | None = None  # by which they do
+        self.nccl_library: Callable[[], Any] = load
         self.stages: list[torch.Tensor] = []  # memory that peers map, for tensors that they cannot map
         self._memory: DeviceMemory | None = None
 
@@ -69,7 +76,14 @@ class Ways:
         fewer = copy.copy(self)
         fewer.way_to = lambda peer: self.way_to(ranks[peer])
         fewer.can_map, fewer.mapped, fewer.is_asking = False, None, False
+        fewer.wants_nccl, fewer.nccl = False, None
         return fewer
+
+    def close(self, is_clean: bool) -> None:
+        """Give back what other processes take part in. ``is_clean``: they have done everything, too."""
+        if self.nccl is not None:
+            self.nccl.close(is_clean)
+        self.nccl, self.wants_nccl = None, False
 
     def __repr__(self) -> str:
         return f"Ways({self.devices!r}, {self.pinned!r})"
@@ -78,7 +92,7 @@ class Ways:
 class DeviceLink:
     """Lives as long as one exchange, which runs on the exchange stream of ``device``."""
 
-    __slots__ = ("_queues", "_ways", "algorithm", "device", "gpus", "host", "levels", "node", "rank", "size")
+    __slots__ = ("_queues", "_ways", "algorithm", "device", "gpus", "host", "levels", "nccl", "node", "rank", "size")
 
     def __init__(self, host: Link, device: Device, ways: Ways | None = None, queues: Queues | None = None) -> None:
         self.host, self.device = host, device
@@ -87,6 +101,7 @@ class DeviceLink:
         self.rank, self.size, self.algorithm = host.rank, host.size, host.algorithm
         self.node = None  # no other process reads a device's memory by a pointer of its own
         self.gpus = self._ways.memory if self._ways.mapped else None
+        self.nccl = self._ways.nccl
         self.levels: Levels | None = None
         if host.levels is not None:
             local, cross = host.levels

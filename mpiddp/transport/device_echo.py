@@ -69,6 +69,7 @@ def _echo(driver: Any, mpi: Any) -> None:
         source, target = _buffer(driver, nbytes), _buffer(driver, nbytes)
         _call(driver, "cuMemcpyHtoD_v2", source, sent[:nbytes], ctypes.c_size_t(nbytes))
         _call(driver, "cuMemcpyHtoD_v2", target, bytes(nbytes), ctypes.c_size_t(nbytes))
+        _call(driver, "cuCtxSynchronize")  # a copy of 64 KiB or less may still be under way
         parts = [[mpi.memory.fromaddress(p.value, nbytes), mpi.BYTE] for p in (target, source)]
         try:
             mpi.Request.Waitall([mpi.COMM_SELF.Irecv(parts[0], 0, 1), mpi.COMM_SELF.Isend(parts[1], 0, 1)])

@@ -55,14 +55,14 @@ class HostRegion:
 class HostLink:
     """The members of ``comm``, reached through host memory: through ``node`` where they share any, else by MPI."""
 
-    __slots__ = ("algorithm", "comm", "gpus", "levels", "node", "rank", "size", "ways")
+    __slots__ = ("algorithm", "comm", "gpus", "levels", "nccl", "node", "rank", "size", "ways")
 
     def __init__(self, comm: MPI.Intracomm, algorithm: str = "") -> None:
         self.comm = comm
         self.node: Node | None = None
         self.algorithm = algorithm
         self.levels: Levels | None = None
-        self.gpus = None
+        self.gpus = self.nccl = None
         self.ways = Ways()
         self.rank: int = comm.Get_rank()
         self.size: int = comm.Get_size()

@@ -52,13 +52,17 @@ def cuda_aware(
     library: str,
     wanted: bool | None = None,
     try_it: Callable[[int], Verdict] | None = None,
+    with_nccl: bool = False,
 ) -> Answer:
     """Find out, and agree. Collective over ``comm``; the same answer on all ranks.
 
     ``nodes[r]``: the node of rank r. ``device``: the number of this rank's GPU, None if it has none. ``wanted``:
-    ``MPIDDP_CUDA_AWARE`` as agreed. Cost: a small all-gather where no rank has a GPU, another where MPI has no
+    ``MPIDDP_CUDA_AWARE`` as agreed. ``with_nccl``: NCCL is to be used, beside which MPI must be given nothing, since
+    each could wait for the other. Cost: a small all-gather where no rank has a GPU, another where MPI has no
     sign of CUDA, and else a child process of 1 to 3 s.
     """
+    if with_nccl:
+        return Answer(False, "MPIDDP_LOCAL=nccl, and NCCL beside an MPI that copies GPUs' memory can hang")
     if wanted is False:
         return Answer(False, "MPIDDP_CUDA_AWARE=0")
     if not any(comm.allgather(device is not None)):

@@ -4,16 +4,18 @@ single thread; and on a GPU where there is one (tests/gpu)."""
 from __future__ import annotations
 
 import ctypes
+import importlib.util
+import logging
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from mpiddp.collectives import ReduceOp
+from mpiddp.collectives import ReduceOp, device_reduction
 from mpiddp.collectives.device_reduction import _TYPES, _factors, combine, reduce_parts, source_of
 from mpiddp.dtypes import SIXTEEN_BIT, dtype_called, name_of, scale_
 
@@ -112,6 +114,29 @@ def test_the_kernels(name: str, op: ReduceOp, kernel: Callable[..., Any]) -> Non
             _check_kernel(kernel(name, op, count, targets, is_aligned), name, op, count, targets, is_aligned, scale)
 
 
+def _nvrtc() -> Any:
+    """CUDA's run-time compiler, which needs no GPU, from its wheel; None where that is not installed."""
+    found = importlib.util.find_spec("nvidia")
+    for folder in (found.submodule_search_locations or ()) if found else ():
+        for path in sorted(Path(folder).glob("*/lib/libnvrtc.so.[0-9]*")):
+            return ctypes.CDLL(str(path))
+    return None
+
+
+@pytest.mark.skipif(_nvrtc() is None, reason="needs CUDA's compiler: pip install nvidia-cuda-nvrtc")
+def test_the_kernels_compile_for_a_gpu() -> None:
+    nvrtc, options = _nvrtc(), (ctypes.c_char_p * 2)(b"--std=c++17", b"--gpu-architecture=sm_90")
+    for which in (*_kernels(), ("bfloat16", ReduceOp.SUM, 32, 32, True)):
+        program, length = ctypes.c_void_p(), ctypes.c_size_t()
+        source = source_of(*which).encode()
+        assert nvrtc.nvrtcCreateProgram(ctypes.byref(program), source, b"reduce.cu", 0, None, None) == 0
+        code = nvrtc.nvrtcCompileProgram(program, 2, options)
+        assert nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(length)) == 0
+        log = ctypes.create_string_buffer(length.value)
+        assert nvrtc.nvrtcGetProgramLog(program, log) == 0 and code == 0, (which, log.value.decode())
+        assert nvrtc.nvrtcDestroyProgram(ctypes.byref(program)) == 0
+
+
 def _check_kernel(call: Any, name: str, op: ReduceOp, count: int, targets: int, is_aligned: bool, scale: float) -> None:
     dtype, numel = dtype_called(name), 37
     skipped = 0 if is_aligned else 1  # of a buffer that begins where vectors may be loaded
@@ -128,3 +153,72 @@ def _check_kernel(call: Any, name: str, op: ReduceOp, count: int, targets: int, 
     for out in outs:
         assert torch.equal(torch.isnan(out), torch.isnan(want)), (name_of(dtype), op)
         assert torch.equal(torch.nan_to_num(out), torch.nan_to_num(want)), (name_of(dtype), op, scale)
+
+
+class FakeCupy:
+    """What is used of cupy 14: remembers with which stream and device a kernel was launched."""
+
+    def __init__(self, failing: str = "") -> None:
+        self.launched: list[Any] = []
+        self.failing = failing
+        self.current: list[Any] = []
+        self.cuda = self.Stream = self
+        self.made = 0
+
+    def RawKernel(self, source: str, name: str, options: tuple[str, ...]) -> FakeCupy:  # noqa: N802
+        return self
+
+    def compile(self) -> None:
+        if self.failing:
+            raise RuntimeError(self.failing)
+
+    def from_external(self, stream: Any) -> FakeCupy:
+        self.made += 1
+        assert stream.__cuda_stream__() == (0, 77)
+        return self
+
+    def Device(self, number: int) -> FakeCupy:  # noqa: N802
+        assert number == 3
+        return self
+
+    def __enter__(self) -> None:
+        self.current.append(self)
+
+    def __exit__(self, *_: object) -> None:
+        self.current.pop()
+
+    def __call__(self, grid: tuple[int, ...], block: tuple[int, ...], arguments: list[Any]) -> None:
+        assert len(self.current) == 2
+        self.launched.append((grid, block, [int(each) for each in arguments]))
+
+
+@pytest.fixture
+def cupy(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCupy]:
+    fake = FakeCupy()
+    monkeypatch.setattr(device_reduction, "_cupy", lambda: fake)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 3)
+    monkeypatch.setattr("torch.cuda.current_stream", lambda _: type("Stream", (), {"cuda_stream": 77}))
+    for cached in (device_reduction._kernel, device_reduction._stream, device_reduction._say_once):
+        cached.cache_clear()
+    yield fake
+    for cached in (device_reduction._kernel, device_reduction._stream, device_reduction._say_once):
+        cached.cache_clear()
+
+
+def test_a_launch(cupy: FakeCupy) -> None:
+    """On the current device and stream, which are asked for once a stream."""
+    parts = [torch.ones(1000), torch.ones(1000)]
+    for _ in range(2):
+        assert device_reduction._launch(ReduceOp.SUM, parts, parts[:1], 1.0)
+    grid, block, arguments = cupy.launched[1]
+    assert (grid, block) == ((1,), (256,)) and cupy.made == 1
+    assert arguments == [parts[0].data_ptr(), parts[1].data_ptr(), parts[0].data_ptr(), 1000, 1, 0]
+
+
+def test_a_kernel_that_does_not_compile(cupy: FakeCupy, caplog: pytest.LogCaptureFixture) -> None:
+    """It is said once, and torch's operations take its place."""
+    cupy.failing = "libnvrtc.so.13 is missing"
+    with caplog.at_level(logging.WARNING, "mpiddp"):
+        for op in (ReduceOp.SUM, ReduceOp.MAX):
+            assert not device_reduction._launch(op, [torch.ones(3)], [torch.ones(3)], 1.0)
+    assert len(caplog.records) == 1 and "libnvrtc.so.13 is missing" in caplog.text and not cupy.launched

@@ -66,3 +66,4 @@ int cuDevicePrimaryCtxRetain(void **context, int device) {
     return write(2, "context\n", 8) == 8 ? (*context = (void *)taken, device) : INVALID;
 }
 int cuCtxPushCurrent_v2(void *context) { return context ? OK : INVALID; }
+int cuCtxSynchronize(void) { return OK; }

@@ -166,6 +166,7 @@ result cuDevicePrimaryCtxRelease_v2(int device) { return SUCCESS; }
 result cuCtxGetCurrent(void **out) { *out = context; return SUCCESS; }
 result cuCtxGetDevice(int *device) { *device = 0; return SUCCESS; }
 result cuCtxGetId(void *which, unsigned long long *id) { *id = 1; return SUCCESS; }
+result cuCtxSynchronize(void) { return SUCCESS; }
 result cuCtxPushCurrent_v2(void *which) { return SUCCESS; }
 result cuCtxPopCurrent_v2(void **out) { if (out) *out = context; return SUCCESS; }
 result cuGetErrorString(result code, const char **text) {

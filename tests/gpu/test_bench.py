@@ -25,5 +25,6 @@ def test_all_reduces(mpirun: Any, tmp_path: Path, ranks: int) -> None:
     for size in (300 << 10, 1 << 20, 16 << 20):
         found = by_size[size]
         assert found["mpiddp"]["way"] == found["mpiddp shared"]["way"] == "mapped"
-        assert all(float(found[name]["kernel_GBs"]) > 1 for name in ("mpiddp", "mpiddp shared", "x.add_(y)"))
+        # Where ranks share a GPU a kernel's time may hold other ranks' turns, of some ms each.
+        assert all(float(found[name]["kernel_GBs"]) > 0.01 for name in ("mpiddp", "mpiddp shared", "x.add_(y)"))
         assert float(found["p2p staged"]["time_over_copy"]) > 0 and found["gloo"]["kernel_us"] == ""

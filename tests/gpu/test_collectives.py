@@ -132,7 +132,11 @@ def test_a_mismatch_of_devices_names_the_ranks(world: Any) -> None:
 
 def test_a_graph_that_is_captured(world: Any) -> None:
     tensor = torch.ones(8, device=device(world))
-    with pytest.raises(world.MpiddpError, match="CUDA graph"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+    with (
+        torch.cuda.device(device(world)),
+        pytest.raises(world.MpiddpError, match="CUDA graph"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
         world.allreduce_async(tensor)
     assert world.allreduce(tensor, op=world.Sum)[0].item() == world.size()
 
@@ -147,8 +151,11 @@ def test_kernels(world: Any) -> None:
             ops = (ReduceOp.MAX, ReduceOp.MIN, ReduceOp.SUM, ReduceOp.PRODUCT)
             for op in ops[:2] if name == "bool" else ops:
                 for numel, skipped in ((1, 0), (4099, 0), (4099, 1)):
-                    parts = [values(k, numel + skipped, dtype)[skipped:] for k in range(3)]
-                    want, outs = torch.empty_like(parts[0]), [torch.empty_like(parts[0]).cuda() for _ in range(2)]
+                    whole = [values(k, numel + skipped, dtype) for k in range(3)]
+                    parts = [part[skipped:] for part in whole]
+                    want, outs = torch.empty_like(parts[0]), [torch.empty_like(whole[0]).cuda() for _ in range(2)]
+                    outs = [out[skipped:] for out in outs]
                     device_reduction.reduce_parts(op, parts, [want], 1.0)
-                    device_reduction.reduce_parts(op, [part.cuda() for part in parts], outs, 1.0)
+                    near = [part.cuda()[skipped:] for part in whole]
+                    assert device_reduction._launch(op, near, outs, 1.0), "the kernel does not compile"
                     assert all(torch.equal(out.cpu(), want) for out in outs), (name, op, numel, skipped)

@@ -66,6 +66,9 @@ def test_wheels_that_take_gpus_memory() -> None:
     assert takes(here) and not takes(here, has_wheels=False) and not takes(there)
     assert takes(there, MPIDDP_CUDA_AWARE="1") and not takes(here, MPIDDP_CUDA_AWARE="0")
     assert not takes(here, has_wheels=False, MPIDDP_CUDA_AWARE="1"), "a site's MPI is its own affair"
+    assert not takes(here, MPIDDP_LOCAL="nccl") and not takes(here, MPIDDP_FAULT_TOLERANT="1"), "init() refuses both"
+    assert not takes(Job(2, PROGRAM, passed=("MPIDDP_LOCAL=nccl",)))
+    assert not takes(Job(2, PROGRAM, passed=("MPIDDP_CUDA_AWARE=0",)))
 
 
 def test_in_a_slurm_job() -> None:

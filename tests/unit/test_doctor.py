@@ -19,7 +19,7 @@ from mpiddp.cli.doctor.machine import Fabric
 from mpiddp.cli.doctor.report import as_json, as_text
 from mpiddp.cli.doctor.watch import Watch
 from mpiddp.launch import Interface, Launch
-from mpiddp.transport.device import CUDA_AWARE, MAPPED, STAGED
+from mpiddp.transport.device import CUDA_AWARE, MAPPED, NCCL, STAGED
 from mpiddp.transport.probe import Answer
 from tests.unit.recorded_jobs import changed, gpu_rank, job, rank
 
@@ -156,6 +156,13 @@ def test_cuda_aware_or_not_and_why(answer: Answer, wanted: bool | None, expected
     assert findings(job(1, 1, cuda_aware=answer)) == [], "no GPU, no word"
 
 
+def test_nccl_that_is_not_followed() -> None:
+    asked = job(2, 2, settings={"local": "nccl"})
+    ways = {way: dataclasses.replace(asked, pairs=(Pair((0, 1), f"MPI; GPUs: {way}"),)) for way in ("NCCL", "CUDA IPC")}
+    assert findings(ways["NCCL"]) == [] and found(ways["CUDA IPC"]) == ("warning", "nccl-unused")
+    assert "between ranks 0 and 1" in only(ways["CUDA IPC"]).what
+
+
 def test_nobody_answers() -> None:
     stuck = dataclasses.replace(changed(job(1, 1), 0, machine={"interfaces": (DOCKER,)}), stuck_in="x", waited_s=5)
     assert found(stuck) == ("error", "no-answer")
@@ -190,6 +197,7 @@ def test_the_way_between_two_ranks() -> None:
     assert measure.way_between(a, b, STAGED) == host + "staged through host memory"
     assert measure.way_between(a, b, CUDA_AWARE) == host + "CUDA-aware MPI"
     assert measure.way_between(a, b, MAPPED) == host + "CUDA IPC"
+    assert measure.way_between(a, b, NCCL) == host + "NCCL"
 
 
 def test_exit_codes() -> None:

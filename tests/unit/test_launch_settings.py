@@ -169,9 +169,17 @@ def test_too_late_on_several_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("clean")
-def test_cuda_and_fault_tolerance_exclude_each_other() -> None:
-    with pytest.raises(ConfigError, match="unset one"):
-        launch.before_mpi(Config(cuda_aware=True, fault_tolerant=True))
+@pytest.mark.parametrize(
+    "asked",
+    [
+        Config(cuda_aware=True, fault_tolerant=True),
+        Config(cuda_aware=True, local="nccl"),
+        Config(deterministic=True, local="nccl"),
+    ],
+)
+def test_what_excludes_each_other(asked: Config) -> None:
+    with pytest.raises(ConfigError, match="nset one"):
+        launch.before_mpi(asked)
 
 
 @pytest.mark.usefixtures("clean")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mpiddp.optimizer.layout import Bucket, plan
+from mpiddp.optimizer.layout import Bucket, _read_together, plan, read_tails
 
 
 def test_the_first_bucket_is_smaller_and_a_large_parameter_has_its_own() -> None:
@@ -46,3 +46,14 @@ def test_views_have_the_shape_and_strides_of_the_parameters() -> None:
         view.fill_(number + 1)
     assert [int(v.sum()) for v in bucket.views] == [(n + 1) * p.numel() for n, p in enumerate(params)]
     assert bucket.flags.tolist() == [0] * 5 and bucket.control.tolist() == [0, 0]
+
+
+def test_flags_of_several_buckets_are_read_at_once() -> None:
+    """On a device by one copy for all, whatever their dtypes."""
+    params = [nn.Parameter(torch.zeros(3, dtype=dtype)) for dtype in (torch.float32, torch.bfloat16, torch.float64)]
+    buckets = [Bucket.over([number], params) for number in range(3)] + [Bucket.over([0], params)]
+    for number, bucket in enumerate(buckets):
+        bucket.tail.copy_(torch.tensor([number / 4, 0, number == 2]))
+    tails = [bucket.tail for bucket in buckets]
+    assert read_tails(buckets) == _read_together(tails) == [[0, 0, 0], [0.25, 0, 0], [0.5, 0, 1], [0.75, 0, 0]]
+    assert _read_together([]) == []

@@ -120,6 +120,8 @@ def test_without_a_gpu_nothing_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> 
     assert probe.cuda_aware(ranks, [0, 0], None, "Open MPI", True, never) == (False, "no rank has a GPU", "")
     assert ranks.gathered == 1
     assert probe.cuda_aware(Ranks(2), [0, 0], 0, "Open MPI", False, never) == (False, "MPIDDP_CUDA_AWARE=0", "")
+    answer = probe.cuda_aware(Ranks(2), [0, 0], 0, "Open MPI", None, never, with_nccl=True)
+    assert not answer.yes and "MPIDDP_LOCAL=nccl" in answer.why
 
 
 def test_the_first_of_each_node_tries(monkeypatch: pytest.MonkeyPatch) -> None:

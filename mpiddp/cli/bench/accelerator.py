@@ -33,6 +33,10 @@ def problem(place: Place) -> str | None:
     return f"--device cuda needs a GPU on every rank; there is none on rank {lacking[0]}{others}: {reasons[lacking[0]]}"
 
 
+#: Where PyTorch does not tell: no GPU's last cache is larger by much.
+_CACHE_NBYTES = 128 << 20
+
+
 class Accelerator:
     """A device whose work runs beside the host's. State: whose ``Marks`` the library's kernels leave (``watch``)."""
 
@@ -67,7 +71,7 @@ class Accelerator:
 
     def cache_nbytes(self) -> int:
         """Its last cache."""
-        return int(torch.cuda.get_device_properties(self.device).L2_cache_size)
+        return int(getattr(torch.cuda.get_device_properties(self.device), "L2_cache_size", _CACHE_NBYTES))
 
     def free_nbytes(self) -> int:
         """This rank's share of the memory that is free."""

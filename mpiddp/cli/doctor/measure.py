@@ -17,7 +17,7 @@ from ...op import Sum
 from ...ops import allreduce_
 from ...runtime import Runtime
 from ...transport.base import Link
-from ...transport.device import CUDA_AWARE, MAPPED, STAGED
+from ...transport.device import CUDA_AWARE, MAPPED, NCCL, STAGED
 from ...transport.device import way_between as between_gpus
 from .facts import Facts, Pair
 
@@ -38,7 +38,7 @@ _WAIT_S = 0.001
 
 
 #: How a way between GPUs is called.
-_GPU_WAYS = {MAPPED: "CUDA IPC", CUDA_AWARE: "CUDA-aware MPI", STAGED: "staged through host memory"}
+_GPU_WAYS = {NCCL: "NCCL", MAPPED: "CUDA IPC", CUDA_AWARE: "CUDA-aware MPI", STAGED: "staged through host memory"}
 
 
 class _Figures(NamedTuple):
@@ -132,8 +132,8 @@ def _read(comm: Any, peer: int, theirs: torch.Tensor) -> float:
 
 
 def _gpu_rate(comm: Any, link: Link, peer: int, way: str) -> float | None:
-    """Between two ranks' GPUs, by this way; None where there is none."""
-    if not way:
+    """Between two ranks' GPUs, by this way; None where there is none, or which takes all ranks of the node."""
+    if not way or way == NCCL:
         return None
     if way == MAPPED:
         within = link if link.levels is None else link.levels.local

@@ -67,11 +67,18 @@ def _is_crowded(job: Job, machine: Machine) -> bool:
     return not elsewhere and job.ranks > machine.cores
 
 
+_TRUE = ("1", "true", "yes", "on")
+
+
 def _gives_gpus(job: Job, machine: Machine) -> bool:
-    """Whether MPI is to take GPUs' memory: as the user has it, else where the wheels can and all ranks are here."""
-    wanted = machine.environ.get("MPIDDP_CUDA_AWARE", "")
+    """Whether MPI is to take GPUs' memory: as the user has it, else where the wheels can, all ranks are here, and
+    nothing is set that excludes it."""
+    settings = {**machine.environ, **dict(item.split("=", 1) for item in job.passed if "=" in item)}
+    wanted = settings.get("MPIDDP_CUDA_AWARE", "")
     if wanted or not machine.has_cuda_wheels:
-        return machine.has_cuda_wheels and wanted.lower() in ("1", "true", "yes", "on")
+        return machine.has_cuda_wheels and wanted.lower() in _TRUE
+    if settings.get("MPIDDP_LOCAL", "").lower() == "nccl" or settings.get("MPIDDP_FAULT_TOLERANT", "").lower() in _TRUE:
+        return False
     return not (job.hosts or job.hostfile or "SLURM_JOB_ID" in machine.environ)
 
 

@@ -17,7 +17,7 @@ import torch
 from ...collectives.base import chunk_bounds
 from ...engine import Channel, Engine, Handle
 from ...trace import span
-from ..layout import Bucket
+from ..layout import Bucket, read_tails
 from ..options import Options
 from ..reducer import Reducer
 from .flat import ShardLayout, Weights, extents
@@ -123,10 +123,11 @@ class ShardedReducer(Reducer):
             for sending in self._under_way:
                 sending.wait(self.engine)
         self.gradients.averaged.clear()
-        held = self._held | {index for bucket in buckets for index in _flagged(bucket)}
+        tails = read_tails(buckets)
+        held = self._held | {index for each in zip(buckets, tails, strict=True) for index in _flagged(*each)}
         for kept, bucket in zip(self._kept, buckets, strict=False):
             self._wire.own(bucket.data).add_(kept)
-        late, relayout = (value != 0 for value in buckets[-1].control.tolist())
+        late, relayout = (value != 0 for value in tails[-1][-2:])
         if relayout or not self._order_agreed:
             self._renew(held, relayout)
         if late or relayout:
@@ -151,7 +152,7 @@ class ShardedReducer(Reducer):
             self.gradients.fill_late(extra)
             self._wire.launch(f"late bucket {number}", extra, 1.0 / self._divisor(passes)).wait(self.engine)
             self._wire.own(bucket.data).add_(self._wire.own(extra.data))
-            came |= _flagged(extra)
+            came |= _flagged(extra, *read_tails([extra]))
         return came
 
     def _hold(self, held: set[int]) -> None:
@@ -270,9 +271,9 @@ class ShardedReducer(Reducer):
         return handle
 
 
-def _flagged(bucket: Bucket) -> set[int]:
-    """The parameters that had a gradient on some rank."""
-    return {index for index, flag in zip(bucket.indices, bucket.flags.tolist(), strict=True) if flag != 0}
+def _flagged(bucket: Bucket, tail: Sequence[float]) -> set[int]:
+    """The parameters that had a gradient on some rank; ``tail`` is what came in the bucket's."""
+    return {index for index, flag in zip(bucket.indices, tail, strict=False) if flag != 0}
 
 
 _JOIN = (

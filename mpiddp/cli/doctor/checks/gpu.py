@@ -98,10 +98,26 @@ def mpi_takes_their_memory(job: Job) -> Iterator[Finding]:
         yield note("cuda-aware", f"MPI takes GPUs' memory as it is: {answer.why}")
         return
     kind = warning if job.ranks[0].settings.get("cuda_aware") else note
-    which = "large tensors on GPUs go by CUDA IPC (and MPI does not take them)"
-    if not job.pairs or not all("CUDA IPC" in pair.way for pair in job.pairs):
-        which = "tensors on GPUs go by way of host memory where ranks do not map each other's"
+    which = "tensors on GPUs go by way of host memory where ranks do not map each other's"
+    for way in ("CUDA IPC", "NCCL"):
+        if job.pairs and all(way in pair.way for pair in job.pairs):
+            which = f"large tensors on GPUs go by {way} (and MPI does not take them)"
     yield kind("cuda-aware", f"{which}: {answer.why}", answer.cure)
 
 
-CHECKS = (pytorch_sees_them, every_rank_has_one, they_reach_each_other, mpi_takes_their_memory)
+def nccl_is_used(job: Job) -> Iterator[Finding]:
+    """Asked for, and not followed."""
+    if job.ranks[0].settings.get("local") != "nccl":
+        return
+    near = [pair for pair in job.pairs if len({job.ranks[rank].node for rank in pair.ranks}) == 1]
+    apart = [pair.ranks for pair in near if "GPUs:" in pair.way and "GPUs: NCCL" not in pair.way]
+    if apart:
+        yield warning(
+            "nccl-unused",
+            f"MPIDDP_LOCAL=nccl is not followed between ranks {', '.join(f'{a} and {b}' for a, b in apart[:6])}; the "
+            "warning above says why",
+            "a GPU for each rank, cupy (the extra cuda12 or cuda13) and its libnccl.so.2 on all; or unset MPIDDP_LOCAL",
+        )
+
+
+CHECKS = (pytorch_sees_them, every_rank_has_one, they_reach_each_other, mpi_takes_their_memory, nccl_is_used)
