@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch.autograd.profiler as torch_profiler
 
-__all__ = ["Event", "Sink", "active", "add_sink", "instant", "remove_sink", "span"]
+__all__ = ["Event", "Sink", "active", "add_sink", "instant", "is_watched", "remove_sink", "span"]
 
 
 class Event(NamedTuple):
@@ -49,6 +49,11 @@ def active() -> bool:
     return bool(_sinks)
 
 
+def is_watched() -> bool:
+    """Whether anybody listens to spans, torch's profiler among them."""
+    return bool(_sinks) or bool(torch_profiler._is_profiler_enabled)
+
+
 def add_sink(sink: Sink) -> None:
     """From now on ``sink`` is called with every event, in the thread where it happens."""
     global _sinks
@@ -69,7 +74,7 @@ def instant(what: str, /, **args: Any) -> None:
 
 def span(what: str, /, **args: Any) -> AbstractContextManager[None]:
     """Record the beginning and the end of a block."""
-    if _sinks or torch_profiler._is_profiler_enabled:
+    if is_watched():
         return _Span(what, args)
     return _nothing
 

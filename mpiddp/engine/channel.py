@@ -144,8 +144,8 @@ class Channel:
                 running.gathering.announce()
 
     def _may_meet(self) -> bool:
-        """Whether nobody is absent, and no timeline is to show who came when."""
-        return not (self.somebody_joined or self.departures.left or trace.active())
+        """Whether nobody is absent, and no timeline or profiler is to show what happens."""
+        return not (self.somebody_joined or self.departures.left or trace.is_watched())
 
     def _take_submitted(self) -> bool:
         """Announce with the next message what has been submitted, or meet the others; True."""

@@ -32,6 +32,7 @@ class Areas:
         self._wholes = [whole.numpy() for whole in wholes]
         self._addresses = [whole.data_ptr() for whole in wholes]
         self._views: dict[tuple[int, int, np.dtype[Any]], list[np.ndarray[Any, Any]]] = {}
+        self._pieces: dict[tuple[int, int, int, torch.dtype], torch.Tensor] = {}
 
     @classmethod
     def over(cls, comm: Any, local_ranks: Sequence[int], memory: NodeMemory, slots: int, meetings: int) -> Areas | None:
@@ -59,6 +60,17 @@ class Areas:
     def address(self, member: int, slot: int) -> int:
         """Where a member's area begins, in this process."""
         return self._addresses[member] + self._starts[slot]
+
+    def piece(self, member: int, slot: int, nbytes: int, dtype: torch.dtype) -> torch.Tensor:
+        """The first ``nbytes`` of one member's area."""
+        key = member, slot, nbytes, dtype
+        found = self._pieces.get(key)
+        if found is None:
+            if len(self._pieces) >= _MOST_VIEWS:
+                self._pieces.clear()
+            at = self._starts[slot]
+            found = self._pieces[key] = self._tensors[member][at : at + nbytes].view(dtype)
+        return found
 
     def views(self, slot: int, nbytes: int, dtype: np.dtype[Any]) -> list[np.ndarray[Any, Any]]:
         """The first ``nbytes`` of every member's area."""

@@ -75,6 +75,7 @@ class Node:
 
     def __init__(self, page: memoryview, local_ranks: Sequence[int], rank: int, memory: NodeMemory) -> None:
         self.rank, self.size = rank, len(local_ranks)
+        self.peers = [(rank + distance) % self.size for distance in range(1, self.size)]
         self.memory = memory
         self.words = page.cast("q")
         self.local_ranks = list(local_ranks)
@@ -104,7 +105,6 @@ class Node:
         while slot.queue[0] is not ticket or not self.have_ended(slot, slot.base):
             yield None
         slot.advance(tag)
-        self.memory.drop_freed()
         return Session(self, slot)
 
     def meet(self, key: int, fingerprint: int) -> Meeting | None:
@@ -117,7 +117,6 @@ class Node:
             return None
         meeting = Meeting(self, slot, key, fingerprint)
         slot.queue.append(meeting)
-        self.memory.drop_freed()
         return meeting
 
     def _slot(self, tag: int) -> Slot:
@@ -133,8 +132,8 @@ class Node:
 
     def have_ended(self, slot: Slot, base: int) -> bool:
         """Whether every member has ended the exchange with that base."""
-        words, at = self.words, slot.at + DONE
-        return all(words[at + member * WORDS] >= base for member in range(self.size))
+        at = slot.at + DONE
+        return min(self.words[at : at + self.size * WORDS : WORDS].tolist()) >= base
 
     def take_stage(self, nbytes: int) -> torch.Tensor:
         """A staging buffer that nobody reads any more, the one used last if possible: it is still in the cache."""

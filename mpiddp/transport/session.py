@@ -34,10 +34,9 @@ class Session:
 
     def __init__(self, node: Node, slot: Slot) -> None:
         self._node, self._slot, self._words = node, slot, node.words
-        self.rank, self.size, self.base = node.rank, node.size, slot.base
+        self.rank, self.size, self.peers, self.base = node.rank, node.size, node.peers, slot.base
         self.slot = slot.number
         self._mine = slot.at + node.rank * WORDS
-        self.peers = [(node.rank + distance) % node.size for distance in range(1, node.size)]
         self._stage: torch.Tensor | None = None
 
     def __enter__(self) -> Session:
@@ -96,7 +95,9 @@ class Session:
 
     def _write_place(self, field: int, flat: torch.Tensor) -> bool:
         words, at = self._words, self._mine + field
-        place = self._node.memory.segments.place(flat) if flat.numel() else None
+        memory = self._node.memory
+        memory.drop_freed()
+        place = memory.segments.place(flat) if flat.numel() else None
         if place is None:
             words[at] = 0
             return False
