@@ -299,6 +299,27 @@ def test_the_root_alone_has_loaded(world: Any) -> None:
     assert_close(model, reference)
 
 
+def test_the_root_alone_has_loaded_in_the_middle(world: Any) -> None:
+    model, reference = build(), build()
+    plain = OPTIMIZERS["adamw"](reference.parameters())
+    train_plain(reference, plain, range(3))
+    optimizer = world.DistributedOptimizer(OPTIMIZERS["adamw"](model.parameters()), shard=True)
+    train(world, model, optimizer, range(2))
+    optimizer.consolidate_state_dict(None)
+    if world.rank() == 0:
+        optimizer.load_state_dict(plain.state_dict())
+    with pytest.raises(world.MpiddpError, match=r"ranks \[0\].*broadcast_optimizer_state"):
+        optimizer.consolidate_state_dict(0)
+    world.broadcast_optimizer_state(optimizer, 0)
+    steps = {float(kept["step"]) for kept in optimizer.state_dict()["state"].values()}  # not what was consolidated
+    assert max(steps) == 3
+    model.load_state_dict(reference.state_dict())
+    train(world, model, optimizer, range(3, 5))
+    train_plain(reference, plain, range(3, 5))
+    optimizer.consolidate_state_dict(0)
+    assert_close(model, reference)
+
+
 def test_copies_and_pickles(world: Any) -> None:
     model = build()
     optimizer = world.DistributedOptimizer(OPTIMIZERS["adam"](model.parameters()), shard=True)

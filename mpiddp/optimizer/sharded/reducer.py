@@ -16,7 +16,9 @@ import torch
 
 from ...collectives.base import chunk_bounds
 from ...engine import Channel, Engine, Handle
+from ...errors import MpiddpError
 from ...trace import span
+from ..agreement import gather_objects
 from ..layout import Bucket
 from ..options import Options
 from ..reducer import Reducer
@@ -216,7 +218,7 @@ class ShardedReducer(Reducer):
 
     @torch.no_grad()
     def _lay_out(self, order: Sequence[int]) -> None:
-        if self.has_state_in_pieces():
+        if self.agree_on_pieces():
             self.update.relieve(self._optimizer(), self.gradients.params, self.layout)
         self.update.forget()
         self._planned = list(order)
@@ -231,6 +233,21 @@ class ShardedReducer(Reducer):
         optimizer: Any = self._optimizer()
         loaded = any(optimizer.state.get(self.gradients.params[index]) for index in self.layout.place)
         return self.update.is_cut and not loaded
+
+    def agree_on_pieces(self) -> bool:
+        """:meth:`has_state_in_pieces`, which must be the same everywhere. Collective.
+
+        Raises MpiddpError on every rank where some have loaded a state and others have not.
+        """
+        everyone: list[bool] = gather_objects(self.engine, self.lane, self.has_state_in_pieces())
+        if len(set(everyone)) == 1:
+            return everyone[0]
+        ranks = self.lane.channel.ranks
+        loaded = [rank for rank, in_pieces in zip(ranks, everyone, strict=True) if not in_pieces]
+        raise MpiddpError(
+            f"load_state_dict() was called on ranks {loaded} and not on the others, which keep their parts of another "
+            "state (shard=True): call it on every rank, or call broadcast_optimizer_state() on every rank after it"
+        )
 
     # -- what is done to shards ----------------------------------------------------------------------------------------
 
