@@ -153,6 +153,15 @@ class Gradients:
         self.averaged.clear()
         self._gathered.clear()
 
+    def forget_zeros(self, index: int) -> None:
+        """Where the gradient is all zeros, what is added to it can be exchanged whatever it held before."""
+        if not self.holds_exchanged(index):
+            return
+        grad = self._grad(index)
+        if not (grad if grad.layout is torch.strided else grad.coalesce().values()).any():
+            self.averaged.discard(index)
+            self._gathered.pop(index, None)
+
     def fill_late(self, bucket: Bucket) -> None:
         """Make ``bucket``, an extra one, ready to leave with what came too late."""
         for view, index in zip(bucket.views, bucket.indices, strict=True):

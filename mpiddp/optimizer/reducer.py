@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 
@@ -57,8 +56,7 @@ class Reducer:
         if any(param.is_cpu for param in params):
             keep_freed(options.heap_nbytes)
         self._end = BackwardEnd(self._backward_ended)
-        self._agreed = False
-        self._order_agreed = False
+        self._agreed = self._order_agreed = False
         # One cycle: from an exchange to the next.
         self._arrived: dict[int, None] = {}  # in the order of arrival
         self._missing: list[int] = []  # of each bucket, how many gradients have not come
@@ -81,7 +79,9 @@ class Reducer:
         """Further parameters; the ranks agree anew before the next exchange."""
         this = weakref.ref(self)
         for param, name in zip(params, names, strict=True):
-            watch_gradient(param, _caller(this, self.gradients.add(param, name)))
+            index = self.gradients.add(param, name)
+            came, coming = (_caller(this, index, hook) for hook in ("gradient_came", "gradient_comes"))
+            watch_gradient(param, came, None if self._options.may_repeat else coming)
         self._agreed = self._order_agreed = False
 
     def _agree(self) -> None:
@@ -133,11 +133,12 @@ class Reducer:
         if self._under_way:
             self.engine.push()
 
+    def gradient_comes(self, index: int) -> None:
+        """Autograd is about to accumulate: what was zeroed in place holds no exchanged value any more."""
+        self.gradients.forget_zeros(index)
+
     def _check_second_backward(self, index: int) -> None:
-        """Exchanging what another backward added to an average gives the right average again; to a sum it does not."""
-        options = self._options
-        is_told_apart = options.average and not options.average_passes
-        if not is_told_apart and self.lane.link.size > 1 and self.gradients.holds_exchanged(index):
+        if not self._options.may_repeat and self.lane.link.size > 1 and self.gradients.holds_exchanged(index):
             raise MpiddpError(
                 f"a second backward added to the gradient of {self.gradients.names[index]!r}, which holds an "
                 "exchanged value already; with op=Sum, or with passes averaged, the two cannot be told apart. Call "
@@ -287,12 +288,12 @@ def _mirror(this: weakref.ref[Reducer]) -> None:
     reducer.take_part_without_data()
 
 
-def _caller(this: weakref.ref[Reducer], index: int) -> Any:
+def _caller(this: weakref.ref[Reducer], index: int, name: str) -> Callable[[], None]:
     """What a hook calls; it does not keep the reducer alive."""
 
-    def came() -> None:
+    def call() -> None:
         reducer = this()
         if reducer is not None:
-            reducer.gradient_came(index)
+            getattr(reducer, name)(index)
 
-    return came
+    return call

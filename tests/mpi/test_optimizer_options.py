@@ -416,6 +416,21 @@ def test_zero_grad_in_every_way(world: Any) -> None:
         torch.testing.assert_close(mine.grad, theirs.grad / world.size())
 
 
+@pytest.mark.parametrize("sparse", [False, True])
+def test_sums_zeroed_in_place_by_the_model(world: Any, sparse: bool) -> None:
+    model = nn.Embedding(4, 2, sparse=sparse)
+    optimizer = world.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), op=world.Sum)
+    for _ in range(3):
+        model.zero_grad(set_to_none=False)
+        model(torch.tensor([1, 1, 3])).sum().backward()
+        want = torch.tensor([0.0, 2.0, 0.0, 1.0])[:, None].expand(4, 2) * world.size()
+        assert torch.equal(model.weight.grad.to_dense(), want)
+        optimizer.step()
+    with pytest.raises(world.MpiddpError, match="zero_grad"):
+        model(torch.tensor([1])).sum().backward()
+    world.barrier()
+
+
 def test_zero_grad_within_a_backward(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """While gradients are under way it raises, and the backward can be finished."""
     from mpiddp.optimizer import distributed
