@@ -10,7 +10,20 @@ from __future__ import annotations
 import marshal
 from typing import Any, Final
 
-__all__ = ["ALL_LEFT", "CYCLE", "GONE", "JOINED", "LEFT", "NEWS", "RESET", "RUN", "TABLE_ENTRIES", "pack", "unpack"]
+__all__ = [
+    "ALL_LEFT",
+    "CYCLE",
+    "GONE",
+    "JOINED",
+    "LEFT",
+    "NEWS",
+    "REFUSED",
+    "RESET",
+    "RUN",
+    "TABLE_ENTRIES",
+    "pack",
+    "unpack",
+]
 
 _VERSION: Final = 2
 
@@ -26,6 +39,7 @@ GONE: Final = -5  # (GONE,): the coordinator waits for nobody any more
 JOINED: Final = -6  # (JOINED, whether anybody has)
 CYCLE: Final = -7  # (CYCLE, lane, number): a member has begun this cycle of a lane, and joined ranks are needed
 NEWS: Final = -8  # (NEWS, topic, ...): what the parts above the negotiation tell each other
+REFUSED: Final = -9  # (REFUSED, key, text): a member could not submit it, since its arguments were wrong
 
 
 def pack(message: list[Any]) -> bytes:
