@@ -92,6 +92,7 @@ class _Snapshot:
     outline: _Outline
     options: list[dict[str, Any]]
     state: list[tuple[Any, Any]]
+    powersgd: Any  # what that compression remembers alike on all ranks; None with another
 
     @classmethod
     def of(cls, optimizer: torch.optim.Optimizer, outline: _Outline, tensors: _Cargo) -> _Snapshot:
@@ -105,7 +106,8 @@ class _Snapshot:
             (places[id(key)], _lift(values, [key], tensors)) if id(key) in places else (key, _lift(values, [], tensors))
             for key, values in optimizer.state.items()
         ]
-        return cls(outline, options, state)
+        memory = _memory(optimizer)
+        return cls(outline, options, state, None if memory is None else memory.common())
 
 
 class _Room:
@@ -180,10 +182,17 @@ def _prepare(optimizer: torch.optim.Optimizer, snapshot: _Snapshot, room: _Room)
             group.update(named)
         optimizer.state.clear()
         optimizer.state.update(state)
+        memory = _memory(optimizer)
+        if memory is not None and snapshot.powersgd is not None:
+            memory.take(snapshot.powersgd)
         if hasattr(optimizer, "_mpiddp_forget_parts") and not snapshot.outline.in_pieces:
             optimizer._mpiddp_forget_parts()
 
     return install
+
+
+def _memory(optimizer: torch.optim.Optimizer) -> Any:
+    return getattr(optimizer, "_mpiddp_memory", lambda: None)()
 
 
 def _devices(options: dict[str, Any], params: list[torch.Tensor]) -> tuple[torch.device, torch.device]:

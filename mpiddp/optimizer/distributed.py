@@ -19,7 +19,7 @@ from ..process_set import ProcessSet, global_process_set
 from .adasum import wrap_adasum
 from .clipping import check_max_norm, clip_before_steps
 from .options import Options
-from .powersgd import check_powersgd, ways_of
+from .powersgd import Remembering, check_powersgd, ways_of
 from .reducer import Reducer
 from .sharded import check_shardable, wrap_sharded
 from .wrapped import Alone, Wrapped, become
@@ -27,7 +27,7 @@ from .wrapped import Alone, Wrapped, become
 __all__ = ["DistributedOptimizer"]
 
 
-class _Distributed(Wrapped):
+class _Distributed(Remembering):
     """What a wrapped optimizer can do beyond its own class. Mixed into a subclass of that class."""
 
     _mpiddp_reducer: Reducer

@@ -52,7 +52,7 @@ class Reducer:
         self.gradients = Gradients(options.sparse_as_dense, lay_out)
         self.gradients.layout.zeros = shared_zeros(channel.link)  # gradients are reduced where they lie
         self._options = options
-        self._wire = wire(self.lane, options)
+        self.wire = wire(self.lane, options)
         if any(param.is_cpu for param in params):
             keep_freed(options.heap_nbytes)
         self._end = BackwardEnd(self._backward_ended)
@@ -103,7 +103,7 @@ class Reducer:
 
     def _lay_out(self, order: Sequence[int]) -> None:
         options = self._options
-        if self._wire.is_own:  # it gets each gradient by itself
+        if self.wire.is_own:  # it gets each gradient by itself
             self.layout.renew(order, -1, -1, None)
         else:
             self.layout.renew(order, options.first_nbytes, options.bucket_nbytes, options.groups)
@@ -156,7 +156,7 @@ class Reducer:
         self.gradients.fill(bucket, with_nothing=self._is_joined)
         if number == len(self.layout.buckets) - 1 and (self.gradients.late or self.gradients.unplaced):
             bucket.control.copy_(torch.tensor([bool(self.gradients.late), self.gradients.unplaced], device="cpu"))
-        self._under_way.append(self._wire.launch(f"bucket {number}", bucket, 1.0 / self._divisor(passes)))
+        self._under_way.append(self.wire.launch(f"bucket {number}", bucket, 1.0 / self._divisor(passes)))
 
     def _divisor(self, passes: int) -> int:
         return passes if self._options.average_passes else 1
@@ -250,7 +250,7 @@ class Reducer:
         for number, bucket in enumerate(self.layout.buckets):
             extra = Bucket.over(bucket.indices, self.gradients.params)
             self.gradients.fill_late(extra)
-            self._wire.launch(f"late bucket {number}", extra, 1.0 / self._divisor(passes)).wait(self.engine)
+            self.wire.launch(f"late bucket {number}", extra, 1.0 / self._divisor(passes)).wait(self.engine)
             self.gradients.add_late(bucket, extra)
 
     def _exchange_sparse(self, passes: int) -> None:

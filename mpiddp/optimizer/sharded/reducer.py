@@ -35,7 +35,7 @@ class ShardedReducer(Reducer):
     """State: belongs to the thread that runs backward and step. ``groups`` is the optimizer's group of each
     parameter."""
 
-    _wire: ShardWire
+    wire: ShardWire
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class ShardedReducer(Reducer):
         held = {index for index in self._held if isinstance(params[index].grad, ShardedGradient)}
         if held:
             self._zero(self._held - held)
-            self._kept = [self._wire.own(bucket.data).clone() for bucket in self.layout.buckets]
+            self._kept = [self.wire.own(bucket.data).clone() for bucket in self.layout.buckets]
         for index in held:
             gradient = params[index].grad
             assert isinstance(gradient, ShardedGradient)
@@ -127,7 +127,7 @@ class ShardedReducer(Reducer):
         self.gradients.averaged.clear()
         held = self._held | {index for bucket in buckets for index in _flagged(bucket)}
         for kept, bucket in zip(self._kept, buckets, strict=False):
-            self._wire.own(bucket.data).add_(kept)
+            self.wire.own(bucket.data).add_(kept)
         late, relayout = (value != 0 for value in buckets[-1].control.tolist())
         if relayout or not self._order_agreed:
             self._renew(held, relayout)
@@ -151,8 +151,8 @@ class ShardedReducer(Reducer):
         for number, bucket in enumerate(self.layout.buckets):
             extra = Bucket.over(bucket.indices, self.gradients.params, shards=self.layout.shards)
             self.gradients.fill_late(extra)
-            self._wire.launch(f"late bucket {number}", extra, 1.0 / self._divisor(passes)).wait(self.engine)
-            self._wire.own(bucket.data).add_(self._wire.own(extra.data))
+            self.wire.launch(f"late bucket {number}", extra, 1.0 / self._divisor(passes)).wait(self.engine)
+            self.wire.own(bucket.data).add_(self.wire.own(extra.data))
             came |= _flagged(extra)
         return came
 
@@ -173,7 +173,7 @@ class ShardedReducer(Reducer):
 
     def _spread(self, held: set[int]) -> None:
         """Gather the shards: ``grad`` is a view of its bucket with the averaged gradient, on every rank. Collective."""
-        gathers = [self._wire.gather(f"gradients {n}", bucket) for n, bucket in enumerate(self.layout.buckets)]
+        gathers = [self.wire.gather(f"gradients {n}", bucket) for n, bucket in enumerate(self.layout.buckets)]
         for handle in gathers:
             self.engine.wait(handle)
         for index in held:
@@ -267,7 +267,7 @@ class ShardedReducer(Reducer):
 
     def own_shards(self) -> list[torch.Tensor]:
         """This rank's shard of each bucket's gradients; zeros where there is none."""
-        return [self._wire.own(bucket.data) for bucket in self.layout.buckets]
+        return [self.wire.own(bucket.data) for bucket in self.layout.buckets]
 
     def unscale(self, indices: Sequence[int], found_inf: torch.Tensor, inv_scale: torch.Tensor) -> None:
         """As :class:`~.gradient.Holder` says. Collective; all members' parameters have gradients alike."""
@@ -282,7 +282,7 @@ class ShardedReducer(Reducer):
 
     def gather_parameters(self, number: int) -> Handle:
         """Every rank's shard of the parameters of a bucket is on its way to all ranks."""
-        handle = self._wire.gather(f"parameters {number}", self.weights.buckets[number])
+        handle = self.wire.gather(f"parameters {number}", self.weights.buckets[number])
         self.engine.push()
         return handle
 
