@@ -73,6 +73,8 @@ class Gradients:
 
     def take(self, index: int) -> None:
         """:meth:`adopt`, by the hook of the gradient, on the stream on which it was made."""
+        if not self.layout.holds(index):
+            self.averaged.discard(index)  # a new tensor, since the model or the user has zeroed it
         self.adopt(index)
         if self._makers is not None:
             number, at = self.layout.place[index]

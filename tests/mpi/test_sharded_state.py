@@ -440,13 +440,18 @@ def test_zeroing_during_an_exchange_raises_and_a_failed_backward_can_be_finished
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(world: Any, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_half_precision(world: Any, dtype: torch.dtype, kind: str) -> None:
+    make = {
+        "adamw": lambda params: torch.optim.AdamW(params, lr=0.1, eps=1e-3),
+        "sgd": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.5),  # of which torch has a fused kernel, too
+    }[kind]
     models = [nn.Linear(4, 4).to(dtype) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
     for net in models:
         world.broadcast_parameters(net.state_dict(), 0)
     optimizers = [
-        world.DistributedOptimizer(torch.optim.AdamW(net.parameters(), lr=0.1, eps=1e-3), shard=shard)
+        world.DistributedOptimizer(make(net.parameters()), shard=shard)
         for net, shard in zip(models, (True, False), strict=True)
     ]
     for _ in range(3):
