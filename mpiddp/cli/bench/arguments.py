@@ -61,7 +61,7 @@ def _positive(text: str) -> float:
 
 def _count(text: str) -> int:
     value = _positive(text)
-    if value != int(value):
+    if not value.is_integer():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
     return int(value)
 
