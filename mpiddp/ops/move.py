@@ -39,7 +39,7 @@ def _broadcast(
         flat, deliver = in_place(result)
         back = None if deliver is None else lambda content: (deliver(content), answer)[1]
         return submit(
-            channel, Kind.BROADCAST, result, flat, name, deliver=back, answer=answer, root=root_rank, blocking=blocking
+            channel, Kind.BROADCAST, result, flat, name, deliver=back, answer=answer, root=int(root_rank), blocking=blocking
         )
     except MISTAKES as error:
         refuse(Kind.BROADCAST, name, process_set, error)

@@ -98,6 +98,7 @@ def test_broadcast(world: Any) -> None:
                 assert world.broadcast_(tensor, root) is tensor and torch.equal(tensor, want)
     with pytest.raises(ValueError, match="root_rank=9"):
         world.broadcast(torch.ones(1), 9)
+    assert world.broadcast(torch.ones(1), torch.tensor(0)).item() == 1  # a number that does not travel as it is
 
 
 def test_a_large_broadcast_goes_in_segments(world: Any) -> None:
