@@ -36,10 +36,10 @@ def _broadcast(
         channel = channel_of(process_set)
         if root_rank not in channel.ranks:
             raise ArgumentError(f"root_rank={root_rank} is no member; the ranks here are {_shown(channel.ranks)}")
-        flat, deliver = in_place(result)
+        root, (flat, deliver) = int(root_rank), in_place(result)
         back = None if deliver is None else lambda content: (deliver(content), answer)[1]
         return submit(
-            channel, Kind.BROADCAST, result, flat, name, deliver=back, answer=answer, root=int(root_rank), blocking=blocking
+            channel, Kind.BROADCAST, result, flat, name, deliver=back, answer=answer, root=root, blocking=blocking
         )
     except MISTAKES as error:
         refuse(Kind.BROADCAST, name, process_set, error)
@@ -96,6 +96,8 @@ def gather(
 ) -> Handle:
     """Submit an all-gather."""
     rows = tensor.view(1) if tensor.dim() == 0 else tensor
+    if rows.is_conj() or rows.is_neg():  # what lies in memory is not what it is
+        rows = rows.resolve_conj().resolve_neg()
     return submit(
         channel,
         Kind.ALLGATHER,
