@@ -109,8 +109,11 @@ class ShardSampler(Sampler[int]):
 
     @property
     def next_epoch(self) -> int:
-        """The epoch to go on with after a checkpoint: the one that was left, or the next if all of it is recorded."""
-        return self.epoch + (self.consumed >= self.num_samples_total > 0)
+        """The epoch to go on with after a checkpoint: the one that was left, or the next if all of it is recorded, or
+        with ``drop_last`` all but what is too little for every rank to have one."""
+        left = self.num_samples_total - self.consumed
+        is_over = left < self.num_replicas if self.drop_last else left <= 0
+        return self.epoch + (is_over and self.consumed > 0)
 
     @property
     def progress(self) -> float:

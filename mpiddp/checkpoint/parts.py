@@ -11,7 +11,7 @@ import torch
 from .. import runtime
 from ..errors import ArgumentError
 from ..functions import broadcast_optimizer_state, broadcast_parameters
-from .directory import Sum, checked_file
+from .directory import Sum, checked_file, write_file
 
 if TYPE_CHECKING:
     from .sharded import Written
@@ -77,23 +77,36 @@ class KeptOptimizer(Kept):
     def _parts(self) -> Any:
         return self.value._mpiddp_parts() if hasattr(self.value, "_mpiddp_parts") else None
 
+    def _memory(self) -> Any:
+        return self.value._mpiddp_memory() if hasattr(self.value, "_mpiddp_memory") else None
+
+    def _memory_of(self, folder: Path, rank: int) -> Path:
+        return folder / self.name / f"powersgd_{rank}.pt"
+
     def state(self, notes: Sequence[Any]) -> Any:
         """The whole state; or the options, and the names by which the parts of the rest are found."""
         if self._parts() is None:
-            return self.value.state_dict()
+            state = self.value.state_dict()
+            if "powersgd" in state:  # each rank writes its own errors
+                state["powersgd"] = {key: value for key, value in state["powersgd"].items() if key != "error"}
+            return state
         names = self.value._mpiddp_reducer.gradients.names
         return {"rest": self.value._mpiddp_rest(), "names": list(names)}
 
     def write(self, folder: Path) -> tuple[Written | None, dict[str, Sum]]:
         """This rank's part of the state, where it has one."""
-        parts = self._parts()
+        parts, memory, rank = self._parts(), self._memory(), runtime.rank()
+        if memory is not None:
+            path = self._memory_of(folder, rank)
+            path.parent.mkdir(exist_ok=True)
+            whole = memory.whole()
+            return None, {f"{self.name}/{path.name}": write_file(path, lambda file: torch.save(whole, file))}
         if parts is None:
             return None, {}
         from . import sharded  # seldom needed, and half a second to import
 
         folder = folder / self.name
         folder.mkdir(exist_ok=True)
-        rank = runtime.rank()
         written = sharded.write(folder, rank, parts)
         mine = sorted(folder.glob(f"__{rank}_*"))
         return written, {f"{self.name}/{path.name}": checked_file(path) for path in mine}
@@ -116,14 +129,18 @@ class KeptOptimizer(Kept):
             rest = state["rest"]
             state = {**rest, "state": {**rest["state"], **whole}}
         self.value.load_state_dict(state)
-        return None if not isinstance(self.value, torch.optim.LBFGS) else state
+        return None if not isinstance(self.value, torch.optim.LBFGS) else state, str(folder)
 
     def share(self, state: Any) -> None:
-        """Take over rank 0's."""
+        """Take over rank 0's, and what this rank itself has written of what compression left out."""
+        state, folder = state
         if state is not None:
             super().share(state)
-        else:
-            broadcast_optimizer_state(self.value, 0)
+            return
+        broadcast_optimizer_state(self.value, 0)
+        memory, path = self._memory(), self._memory_of(Path(folder), runtime.rank())
+        if memory is not None and path.exists():
+            memory.take(torch.load(path, map_location="cpu", weights_only=False))
 
 
 class KeptPlace(Kept):

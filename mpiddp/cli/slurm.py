@@ -47,6 +47,8 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     args.program = [word for at, word in enumerate(args.program) if at or word != "--"]
+    if args.program and args.program[0].endswith(".py"):
+        args.program.insert(0, "python")  # as mpiddp run takes it
     args.signal = args.signal.upper().removeprefix("SIG")
     if not args.program:
         args.error("no program: mpiddp slurm --nodes 2 python train.py")

@@ -9,7 +9,8 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from .. import trace
@@ -50,6 +51,7 @@ class Engine:
         self._thread_level = thread_level
         self._main_thread = threading.get_ident()
         self._after_push = after_push
+        self._is_served = False
         self._yield_s = _YIELD_S
         self._stopped: MpiddpError | None = None
         self.last_push_s = time.monotonic()
@@ -204,10 +206,20 @@ class Engine:
         self._check_may_wait(what)
         return self._wait(done, math.inf if timeout_s is None else timeout_s)
 
+    @contextmanager
+    def serving(self) -> Iterator[None]:
+        """Within it the calling thread, which may push, does so until all is done: threads that MPI does not let in may
+        wait meanwhile."""
+        before, self._is_served = self._is_served, True
+        try:
+            yield
+        finally:
+            self._is_served = before
+
     def _check_may_wait(self, what: str) -> None:
         if self.is_pushing():
             raise MpiddpError(f"cannot wait for {what} from inside a push (a signal handler, __del__ or a hook)")
-        if not self.may_push():
+        if not self.may_push() and not self._is_served:
             raise MpiddpError(
                 f"cannot wait for {what} in thread {threading.current_thread().name!r}: MPI was started at thread "
                 f"level {self._thread_level!r}, which lets only the main thread in; wait there, or start MPI at level "

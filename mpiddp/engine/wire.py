@@ -18,6 +18,7 @@ __all__ = [
     "LEFT",
     "MET",
     "NEWS",
+    "REFUSED",
     "RESET",
     "RUN",
     "TABLE_ENTRIES",
@@ -38,8 +39,9 @@ ALL_LEFT: Final = -4  # (ALL_LEFT,): every member has left
 GONE: Final = -5  # (GONE,): the coordinator waits for nobody any more
 JOINED: Final = -6  # (JOINED, whether anybody has)
 CYCLE: Final = -7  # (CYCLE, lane, number): a member has begun this cycle of a lane, and joined ranks are needed
-MET: Final = -9  # (MET, key): the members have met, and done what was announced under this key
 NEWS: Final = -8  # (NEWS, topic, ...): what the parts above the negotiation tell each other
+MET: Final = -9  # (MET, key): the members have met, and done what was announced under this key
+REFUSED: Final = -10  # (REFUSED, key, text): a member could not submit it, since its arguments were wrong
 
 
 def pack(message: list[Any]) -> bytes:

@@ -63,6 +63,7 @@ class _Outline:
     kind: str
     shapes: list[list[tuple[int, ...]]]
     names: list[list[str]]
+    in_pieces: bool  # with shard=True, each rank has a part of the state, and nothing of it travels
 
     @classmethod
     def of(cls, optimizer: torch.optim.Optimizer) -> _Outline:
@@ -70,7 +71,8 @@ class _Outline:
         shapes = [[tuple(param.shape) for param in group["params"]] for group in groups]
         positions = [[f"parameter {number}" for number in range(len(group["params"]))] for group in groups]
         names = [group.get("param_names", default) for group, default in zip(groups, positions, strict=True)]
-        return cls(type(optimizer).__name__, shapes, names)
+        in_pieces = getattr(optimizer, "_mpiddp_is_in_pieces", bool)()
+        return cls(type(optimizer).__name__, shapes, names, in_pieces)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +92,7 @@ class _Snapshot:
     outline: _Outline
     options: list[dict[str, Any]]
     state: list[tuple[Any, Any]]
+    powersgd: Any  # what that compression remembers alike on all ranks; None with another
 
     @classmethod
     def of(cls, optimizer: torch.optim.Optimizer, outline: _Outline, tensors: _Cargo) -> _Snapshot:
@@ -103,7 +106,8 @@ class _Snapshot:
             (places[id(key)], _lift(values, [key], tensors)) if id(key) in places else (key, _lift(values, [], tensors))
             for key, values in optimizer.state.items()
         ]
-        return cls(outline, options, state)
+        memory = _memory(optimizer)
+        return cls(outline, options, state, None if memory is None else memory.common())
 
 
 class _Room:
@@ -178,8 +182,17 @@ def _prepare(optimizer: torch.optim.Optimizer, snapshot: _Snapshot, room: _Room)
             group.update(named)
         optimizer.state.clear()
         optimizer.state.update(state)
+        memory = _memory(optimizer)
+        if memory is not None and snapshot.powersgd is not None:
+            memory.take(snapshot.powersgd)
+        if hasattr(optimizer, "_mpiddp_forget_parts") and not snapshot.outline.in_pieces:
+            optimizer._mpiddp_forget_parts()
 
     return install
+
+
+def _memory(optimizer: torch.optim.Optimizer) -> Any:
+    return getattr(optimizer, "_mpiddp_memory", lambda: None)()
 
 
 def _devices(options: dict[str, Any], params: list[torch.Tensor]) -> tuple[torch.device, torch.device]:
@@ -214,4 +227,6 @@ def _problem(ours: _Outline, roots: _Outline, root_rank: int) -> str | None:
         for name, shape, root_shape in zip(ours.names[number], mine, theirs, strict=True):
             if shape != root_shape:
                 return f"{name} of group {number} has shape {shape} here and {root_shape} on rank {root_rank}"
+    if roots.in_pieces and not ours.in_pieces:
+        return f"a state was loaded here, and rank {root_rank} has a part of another (shard=True): load it there, too"
     return None

@@ -51,7 +51,7 @@ def join(device: int = -1) -> int:
     def is_over() -> bool:
         return all(request.done for request in requests) or any(request.error is not None for request in requests)
 
-    if len(lanes) > 1 and here.world.thread_level in ("serialized", "multiple"):
+    if len(lanes) > 1:
         _serve_at_once(here.engine, lanes, is_over)
     else:
         _serve(here.engine, lanes, is_over)
@@ -79,7 +79,7 @@ def _serve(engine: Engine, lanes: Sequence[Lane], is_over: Callable[[], bool]) -
 
 def _serve_at_once(engine: Engine, lanes: Sequence[Lane], is_over: Callable[[], bool]) -> None:
     """Serve each lane in a thread of its own: a rank that is waited for in one may itself wait in another, as when two
-    optimizers share a backward."""
+    optimizers share a backward. Where MPI lets only this thread in, it pushes for all of them."""
     failed: list[Exception] = []
 
     def is_done() -> bool:
@@ -92,10 +92,13 @@ def _serve_at_once(engine: Engine, lanes: Sequence[Lane], is_over: Callable[[], 
             failed.append(error)
 
     threads = [Thread(target=serve, args=(lane,), name=f"mpiddp-{lane!r}", daemon=True) for lane in lanes]
-    for thread in threads:
-        thread.start()
-    engine.wait_until(is_done, "the other ranks' join")
+
+    def is_served() -> bool:
+        return bool(failed) or (is_over() and not any(thread.is_alive() for thread in threads))
+
+    with engine.serving():
+        for thread in threads:
+            thread.start()
+        engine.wait_until(is_served, "the other ranks' join")
     if failed:
         raise failed[0]
-    for thread in threads:
-        thread.join()

@@ -20,15 +20,15 @@ from .adasum import wrap_adasum
 from .arguments import check_optimizer, check_ordered, checked_passes, groups_by_position, names_of
 from .clipping import check_max_norm, clip_before_steps
 from .options import Options
-from .powersgd import check_powersgd, ways_of
+from .powersgd import Remembering, check_powersgd, ways_of
 from .reducer import Reducer
 from .sharded import check_shardable, wrap_sharded
-from .wrapped import Alone, Wrapped, become
+from .wrapped import Alone, become
 
 __all__ = ["DistributedOptimizer"]
 
 
-class _Distributed(Wrapped):
+class _Distributed(Remembering):
     """What a wrapped optimizer can do beyond its own class. Mixed into a subclass of that class."""
 
     _mpiddp_reducer: Reducer

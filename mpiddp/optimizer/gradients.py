@@ -73,6 +73,8 @@ class Gradients:
 
     def take(self, index: int) -> None:
         """:meth:`adopt`, by the hook of the gradient, on the stream on which it was made."""
+        if not self.layout.holds(index):
+            self.averaged.discard(index)  # a new tensor, since the model or the user has zeroed it
         self.adopt(index)
         if self._makers is not None:
             number, at = self.layout.place[index]
@@ -151,6 +153,15 @@ class Gradients:
         """The gradients were zeroed."""
         self.averaged.clear()
         self._gathered.clear()
+
+    def forget_zeros(self, index: int) -> None:
+        """Where the gradient is all zeros, what is added to it can be exchanged whatever it held before."""
+        if not self.holds_exchanged(index):
+            return
+        grad = self._grad(index)
+        if not (grad if grad.layout is torch.strided else grad.coalesce().values()).any():
+            self.averaged.discard(index)
+            self._gathered.pop(index, None)
 
     def fill_late(self, bucket: Bucket) -> None:
         """Make ``bucket``, an extra one, ready to leave with what came too late."""

@@ -13,12 +13,13 @@ from ..uncompiled import uncompiled
 
 __all__ = ["watch_gradient"]
 
-#: The hook of each parameter. A parameter that is wrapped again belongs to the newer wrapper.
+#: The hooks of each parameter. A parameter that is wrapped again belongs to the newer wrapper.
 _registered: Any = WeakIdKeyDictionary()
 
 
-def watch_gradient(param: torch.Tensor, came: Callable[[], None]) -> None:
-    """Call ``came()`` whenever autograd has accumulated into ``param.grad``, in this process alone, without gradients.
+def watch_gradient(param: torch.Tensor, came: Callable[[], None], coming: Callable[[], None] | None = None) -> None:
+    """Call ``came()`` whenever autograd has accumulated into ``param.grad``, in this process alone, without gradients;
+    and ``coming()`` when it is about to.
 
     A frozen parameter is watched too: it may be trained later.
     """
@@ -34,14 +35,23 @@ def watch_gradient(param: torch.Tensor, came: Callable[[], None]) -> None:
         else:
             came()
 
-    earlier = _registered.pop(param, None)
-    if earlier is not None:
+    @uncompiled
+    def before(_: torch.Tensor) -> None:
+        assert coming is not None
+        if processes.generation() == generation:
+            with torch.no_grad():
+                coming()
+
+    for earlier in _registered.pop(param, ()):
         earlier.remove()
     if not (param.is_floating_point() or param.is_complex()):
         return
     trained = param.requires_grad
     try:
         param.requires_grad_(True)  # a tensor that requires no gradient takes no hook
-        _registered[param] = param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+        hooks = [param.register_post_accumulate_grad_hook(hook)]  # type: ignore[no-untyped-call]
+        if coming is not None:
+            hooks.append(param.register_hook(before))  # type: ignore[no-untyped-call]
+        _registered[param] = hooks
     finally:
         param.requires_grad_(trained)

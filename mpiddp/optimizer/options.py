@@ -26,3 +26,9 @@ class Options:
     segment_nbytes: int = 512 << 10
     heap_nbytes: int = 0  # that malloc is to keep, of what gradients leave behind; 0: as it does by itself
     is_ordered: bool = False  # the same bits for any size of buckets and any layout of the ranks over nodes
+
+    @property
+    def may_repeat(self) -> bool:
+        """Whether exchanging what another backward added to an exchanged gradient gives the right one again: to an
+        average it does, to a sum it does not."""
+        return self.average and not self.average_passes

@@ -15,7 +15,6 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 
@@ -54,12 +53,11 @@ class Reducer:
         self.gradients = Gradients(options.sparse_as_dense, lay_out)
         self.gradients.layout.zeros = shared_zeros(channel.link)  # gradients are reduced where they lie
         self._options = options
-        self._wire = wire(self.lane, options)
+        self.wire = wire(self.lane, options)
         if any(param.is_cpu for param in params):
             keep_freed(options.heap_nbytes)
         self._end = BackwardEnd(self._backward_ended)
-        self._agreed = False
-        self._order_agreed = False
+        self._agreed = self._order_agreed = False
         # One cycle: from an exchange to the next.
         self._arrived: dict[int, None] = {}  # in the order of arrival
         self._missing: list[int] = []  # of each bucket, how many gradients have not come
@@ -82,7 +80,9 @@ class Reducer:
         """Further parameters; the ranks agree anew before the next exchange."""
         this = weakref.ref(self)
         for param, name in zip(params, names, strict=True):
-            watch_gradient(param, _caller(this, self.gradients.add(param, name)))
+            index = self.gradients.add(param, name)
+            came, coming = (_caller(this, index, hook) for hook in ("gradient_came", "gradient_comes"))
+            watch_gradient(param, came, None if self._options.may_repeat else coming)
         self._agreed = self._order_agreed = False
 
     def _agree(self) -> None:
@@ -104,7 +104,7 @@ class Reducer:
 
     def _lay_out(self, order: Sequence[int]) -> None:
         options = self._options
-        if self._wire.is_own:  # it gets each gradient by itself
+        if self.wire.is_own:  # it gets each gradient by itself
             self.layout.renew(order, -1, -1, None)
         else:
             self.layout.renew(order, options.first_nbytes, options.bucket_nbytes, options.groups)
@@ -134,11 +134,12 @@ class Reducer:
         if self._under_way:
             self.engine.push()
 
+    def gradient_comes(self, index: int) -> None:
+        """Autograd is about to accumulate: what was zeroed in place holds no exchanged value any more."""
+        self.gradients.forget_zeros(index)
+
     def _check_second_backward(self, index: int) -> None:
-        """Exchanging what another backward added to an average gives the right average again; to a sum it does not."""
-        options = self._options
-        is_told_apart = options.average and not options.average_passes
-        if not is_told_apart and self.lane.link.size > 1 and self.gradients.holds_exchanged(index):
+        if not self._options.may_repeat and self.lane.link.size > 1 and self.gradients.holds_exchanged(index):
             raise MpiddpError(
                 f"a second backward added to the gradient of {self.gradients.names[index]!r}, which holds an "
                 "exchanged value already; with op=Sum, or with passes averaged, the two cannot be told apart. Call "
@@ -156,7 +157,7 @@ class Reducer:
         self.gradients.fill(bucket, with_nothing=self._is_joined)
         if number == len(self.layout.buckets) - 1 and (self.gradients.late or self.gradients.unplaced):
             bucket.control.copy_(torch.tensor([bool(self.gradients.late), self.gradients.unplaced], device="cpu"))
-        self._under_way.append(self._wire.launch(f"bucket {number}", bucket, 1.0 / self._divisor(passes)))
+        self._under_way.append(self.wire.launch(f"bucket {number}", bucket, 1.0 / self._divisor(passes)))
 
     def _divisor(self, passes: int) -> int:
         return passes if self._options.average_passes else 1
@@ -250,7 +251,7 @@ class Reducer:
         for number, bucket in enumerate(self.layout.buckets):
             extra = Bucket.over(bucket.indices, self.gradients.params)
             self.gradients.fill_late(extra)
-            self._wire.launch(f"late bucket {number}", extra, 1.0 / self._divisor(passes)).wait(self.engine)
+            self.wire.launch(f"late bucket {number}", extra, 1.0 / self._divisor(passes)).wait(self.engine)
             self.gradients.add_late(bucket, extra)
 
     def _exchange_sparse(self, passes: int) -> None:
@@ -288,13 +289,13 @@ def _mirror(this: weakref.ref[Reducer]) -> None:
     reducer.take_part_without_data()
 
 
-def _caller(this: weakref.ref[Reducer], index: int) -> Any:
+def _caller(this: weakref.ref[Reducer], index: int, name: str) -> Callable[[], None]:
     """What a hook calls; it does not keep the reducer alive."""
 
-    def came() -> None:
+    def call() -> None:
         reducer = this()
         if reducer is not None:
             with reducer.turn:
-                reducer.gradient_came(index)
+                getattr(reducer, name)(index)
 
-    return came
+    return call

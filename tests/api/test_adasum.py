@@ -162,3 +162,30 @@ def test_an_optimizers_steps_in_a_set_and_compressed(world: Any) -> None:
                 assert numpy.allclose(gathered[0].numpy(), want, rtol=tolerance, atol=tolerance)
     if size > 2:
         world.remove_process_set(pair)
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+@pytest.mark.parametrize("scheduler", ["before", "after"])
+def test_a_scaler_skips_on_all_ranks(world: Any, explicit: bool, scheduler: str) -> None:
+    """An overflow on one rank alone; then all go on with one scale."""
+    torch.manual_seed(0)
+    param = torch.nn.Parameter(torch.ones(3))
+    plain = torch.optim.AdamW([param], lr=0.1, fused=explicit)
+    early = torch.optim.lr_scheduler.StepLR(plain, 1) if scheduler == "before" else None
+    optimizer = world.DistributedOptimizer(plain, op=world.Adasum)
+    late = early or torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    for step in range(3):
+        optimizer.zero_grad()
+        factor = float("inf") if step == 1 and world.rank() == 1 else 1.0
+        scaler.scale((param * factor).sum()).backward()
+        if explicit:
+            scaler.unscale_(optimizer)
+        before = param.detach().clone()
+        scaler.step(optimizer)
+        scaler.update()
+        late.step()
+        assert torch.equal(before, param.detach()) == (step == 1)
+        assert scaler.get_scale() == (4.0 if step >= 1 else 8.0)
+    everyone = world.allgather(param.detach()[None])
+    assert torch.equal(everyone, param.detach().expand_as(everyone))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -57,6 +58,52 @@ def test_powersgd_trains(world: Any, options: dict[str, Any]) -> None:
         model = train(world, compression, 4, **options)
         same = [torch.allclose(a, b, atol=1e-9) for a, b in zip(plain.parameters(), model.parameters(), strict=True)]
         assert all(same) == is_exact
+
+
+def start(world: Any) -> tuple[nn.Module, Any]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 30), nn.Tanh(), nn.Linear(30, 20))
+    compression = world.Compression.powersgd(rank=2, start_step=2, min_compression_rate=1.1)
+    return model, world.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.01), compression=compression)
+
+
+def go_on(world: Any, model: nn.Module, optimizer: Any, steps: range) -> torch.Tensor:
+    for step in steps:
+        optimizer.zero_grad()
+        draw = torch.Generator().manual_seed(100 * step + world.rank())
+        model(torch.randn(4, 40, generator=draw)).pow(2).mean().backward()
+        optimizer.step()
+    assert_replicas_equal(world, model)
+    return torch.cat([param.detach().reshape(-1) for param in model.parameters()])
+
+
+@pytest.mark.parametrize("cut", [1, 4])
+def test_powersgd_is_resumed_bit_by_bit(world: Any, shared_path: Any, cut: int, caplog: Any) -> None:
+    """Before the first compressed step and after it; from each rank's own state, and from a checkpoint."""
+    from mpiddp.checkpoint import Checkpoints
+
+    want = go_on(world, *start(world), range(7))
+    model, optimizer = start(world)
+    go_on(world, model, optimizer, range(cut))
+    Checkpoints(shared_path / str(cut), model=model, optimizer=optimizer).save(cut)
+    states = copy.deepcopy([model.state_dict(), optimizer.state_dict()])
+    for trained in (0, 3):
+        model, optimizer = start(world)
+        go_on(world, model, optimizer, range(trained))
+        for each, state in zip((model, optimizer), states, strict=True):
+            each.load_state_dict(copy.deepcopy(state))
+        assert torch.equal(go_on(world, model, optimizer, range(cut, 7)), want)
+    model, optimizer = start(world)
+    assert Checkpoints(shared_path / str(cut), model=model, optimizer=optimizer).restore() == cut
+    assert torch.equal(go_on(world, model, optimizer, range(cut, 7)), want)
+    model, optimizer = start(world)
+    if world.rank() == 0:
+        optimizer.load_state_dict(states[1])
+    world.broadcast_optimizer_state(optimizer, 0)
+    go_on(world, model, optimizer, range(cut, 7))  # the ranks agree which steps are compressed
+    caplog.clear()
+    optimizer.load_state_dict(world.broadcast_object(states[1], 0))
+    assert caplog.text.count("is not taken over") == (world.rank() > 0)
 
 
 def test_powersgd_in_16_bits_and_under_autocast(world: Any) -> None:

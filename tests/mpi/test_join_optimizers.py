@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+import textwrap
 from typing import Any
 
 import pytest
 import torch
 
-pytestmark = pytest.mark.ranks(2, 3)
 
-
+@pytest.mark.ranks(2, 3)
 def test_two_optimizers_in_one_backward_go_on_when_a_rank_has_joined(world: Any) -> None:
     """The second model's gradients come first, the first one's fill a bucket before the second one's exchange ends."""
     torch.manual_seed(0)
@@ -33,3 +34,12 @@ def test_two_optimizers_in_one_backward_go_on_when_a_rank_has_joined(world: Any)
     world.broadcast_parameters([*first.named_parameters(), *second.named_parameters()], root_rank=world.size() - 1)
     total = world.allreduce(second.weight.detach(), op=world.Sum)
     assert torch.allclose(total, world.size() * second.weight.detach())
+
+
+@pytest.mark.slow
+def test_where_mpi_lets_one_thread_in(mpirun: Any) -> None:
+    """The main thread pushes for all optimizers."""
+    body = inspect.getsource(test_two_optimizers_in_one_backward_go_on_when_a_rank_has_joined).split(") -> None:", 1)[1]
+    begin = "import mpi4py\nmpi4py.rc.thread_level = 'funneled'\nimport torch\nimport mpiddp as world\nworld.init()\n"
+    done = mpirun(begin + textwrap.dedent(body) + "print('went on', flush=True)\n", 3)
+    assert done.stdout.count("went on") == 3

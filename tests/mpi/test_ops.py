@@ -98,6 +98,7 @@ def test_broadcast(world: Any) -> None:
                 assert world.broadcast_(tensor, root) is tensor and torch.equal(tensor, want)
     with pytest.raises(ValueError, match="root_rank=9"):
         world.broadcast(torch.ones(1), 9)
+    assert world.broadcast(torch.ones(1), torch.tensor(0)).item() == 1  # a number that does not travel as it is
 
 
 def test_a_large_broadcast_goes_in_segments(world: Any) -> None:
@@ -113,6 +114,9 @@ def test_allgather_of_different_lengths(world: Any) -> None:
     gathered = world.allgather(torch.full((2 * rank + 1,), rank))
     assert gathered.tolist() == [r for r in range(size) for _ in range(2 * r + 1)]
     assert world.allgather(torch.tensor(rank)).tolist() == list(range(size))
+    conjugate = torch.tensor([1 + 2j]).conj()
+    assert world.allgather(conjugate).tolist() == [1 - 2j] * size
+    assert world.allgather(conjugate.imag).tolist() == [-2.0] * size
     assert world.allgather(torch.empty(0, 3)).shape == (0, 3)
     assert world.allgather(torch.empty(2, 0)).shape == (2 * size, 0)
 

@@ -406,6 +406,38 @@ def test_zero_grad_in_every_way(world: Any) -> None:
         torch.testing.assert_close(mine.grad, theirs.grad / world.size())
 
 
+@pytest.mark.parametrize("sparse", [False, True])
+def test_sums_zeroed_in_place_by_the_model(world: Any, sparse: bool) -> None:
+    model = nn.Embedding(4, 2, sparse=sparse)
+    optimizer = world.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), op=world.Sum)
+    for _ in range(3):
+        model.zero_grad(set_to_none=False)
+        model(torch.tensor([1, 1, 3])).sum().backward()
+        want = torch.tensor([0.0, 2.0, 0.0, 1.0])[:, None].expand(4, 2) * world.size()
+        assert torch.equal(model.weight.grad.to_dense(), want)
+        optimizer.step()
+    with pytest.raises(world.MpiddpError, match="zero_grad"):
+        model(torch.tensor([1])).sum().backward()
+    world.barrier()
+
+
+@pytest.mark.parametrize("shard", [False, True])
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_sums_of_passes_zeroed_by_the_model(world: Any, shard: bool, set_to_none: bool) -> None:
+    """A new gradient, or a zeroed one, is no exchanged value at the second pass of the next step."""
+    model, size = nn.Linear(3, 1, bias=False), world.size()
+    nn.init.zeros_(model.weight)
+    optimizer = world.DistributedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=1.0), op=world.Sum, backward_passes_per_step=2, shard=shard
+    )
+    for _ in range(3):
+        model.zero_grad(set_to_none=set_to_none)
+        for _ in range(2):
+            model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+    assert model.weight.tolist() == [[-6.0 * size] * 3]
+
+
 def test_zero_grad_within_a_backward(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """While gradients are under way it raises, and the backward can be finished."""
     from mpiddp.optimizer import distributed

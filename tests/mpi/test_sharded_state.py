@@ -300,6 +300,27 @@ def test_the_root_alone_has_loaded(world: Any) -> None:
     assert_close(model, reference)
 
 
+def test_the_root_alone_has_loaded_in_the_middle(world: Any) -> None:
+    model, reference = build(), build()
+    plain = OPTIMIZERS["adamw"](reference.parameters())
+    train_plain(reference, plain, range(3))
+    optimizer = world.DistributedOptimizer(OPTIMIZERS["adamw"](model.parameters()), shard=True)
+    train(world, model, optimizer, range(2))
+    optimizer.consolidate_state_dict(None)
+    if world.rank() == 0:
+        optimizer.load_state_dict(plain.state_dict())
+    with pytest.raises(world.MpiddpError, match=r"ranks \[0\].*broadcast_optimizer_state"):
+        optimizer.consolidate_state_dict(0)
+    world.broadcast_optimizer_state(optimizer, 0)
+    steps = {float(kept["step"]) for kept in optimizer.state_dict()["state"].values()}  # not what was consolidated
+    assert max(steps) == 3
+    model.load_state_dict(reference.state_dict())
+    train(world, model, optimizer, range(3, 5))
+    train_plain(reference, plain, range(3, 5))
+    optimizer.consolidate_state_dict(0)
+    assert_close(model, reference)
+
+
 def test_copies_and_pickles(world: Any) -> None:
     model = build()
     optimizer = world.DistributedOptimizer(OPTIMIZERS["adam"](model.parameters()), shard=True)
@@ -420,13 +441,18 @@ def test_zeroing_during_an_exchange_raises_and_a_failed_backward_can_be_finished
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(world: Any, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_half_precision(world: Any, dtype: torch.dtype, kind: str) -> None:
+    make = {
+        "adamw": lambda params: torch.optim.AdamW(params, lr=0.1, eps=1e-3),
+        "sgd": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.5),  # of which torch has a fused kernel, too
+    }[kind]
     models = [nn.Linear(4, 4).to(dtype) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
     for net in models:
         world.broadcast_parameters(net.state_dict(), 0)
     optimizers = [
-        world.DistributedOptimizer(torch.optim.AdamW(net.parameters(), lr=0.1, eps=1e-3), shard=shard)
+        world.DistributedOptimizer(make(net.parameters()), shard=shard)
         for net, shard in zip(models, (True, False), strict=True)
     ]
     for _ in range(3):

@@ -59,6 +59,7 @@ def test_only_the_first_rank_speaks(capsys: pytest.CaptureFixture[str], monkeypa
         (["--dtype", "bool"], "there are bfloat16, complex128"),
         (["--rounds", "0"], "'0' is not a positive number"),
         (["--rounds", "1.5"], "'1.5' is not a whole number"),
+        (["--rounds", "inf"], "'inf' is not a whole number"),
         (["--models", "bert"], "bert: no such model; there are mlp, gpt, small"),
         (["--train", "--memory", "mpiddp"], "not allowed with"),
         (["--train", "--plot", "x.png"], "--plot draws all-reduces"),
@@ -69,6 +70,11 @@ def test_only_the_first_rank_speaks(capsys: pytest.CaptureFixture[str], monkeypa
 )
 def test_wrong_arguments_are_explained(capsys: pytest.CaptureFixture[str], arguments: list[str], words: str) -> None:
     assert words in ended(capsys, "bench", *arguments)
+
+
+def test_slurm_starts_a_script_as_run_does(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["slurm", "--nodes", "2", "train.py", "--lr", "1"]) == 0
+    assert "\n    python train.py --lr 1\n" in capsys.readouterr().out
 
 
 def test_arguments() -> None:
@@ -171,7 +177,7 @@ def test_the_csv_file_has_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_csv_file_that_cannot_be_written_is_known_at_once(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(SystemExit, match=r"--csv .*a\.csv cannot be written: No such file"):
         table.Report(reduce.COLUMNS, tmp_path / "missing" / "a.csv", True)
     table.Report(reduce.COLUMNS, tmp_path / "missing" / "a.csv", False)  # another rank writes nothing
 

@@ -205,3 +205,14 @@ def test_an_epoch_that_was_recorded_to_its_end_is_not_begun_again() -> None:
     assert other.next_epoch == 3 and list(other) == []
     other.set_epoch(2)
     assert len(other) == 50, "on purpose once more"
+
+
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_what_is_dropped_is_not_left(drop_last: bool) -> None:
+    """Of 50, 4 ranks have 12 each, and nobody goes on with the last 2; else they are left."""
+    (sampler, *_) = resumed(4, drop_last=drop_last)
+    sampler.record(11)
+    assert sampler.next_epoch == sampler.epoch
+    sampler.record(1)
+    assert sampler.next_epoch == sampler.epoch + drop_last
+    assert len(resumed(4, sampler.state_dict(), drop_last=drop_last)[0]) == (0 if drop_last else 1)

@@ -51,7 +51,7 @@ def _dtype(text: str) -> torch.dtype:
 
 def _count(text: str) -> int:
     value = parse_positive(text)
-    if value != int(value):
+    if not value.is_integer():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
     return int(value)
 

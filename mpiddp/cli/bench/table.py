@@ -57,7 +57,10 @@ class Report:
 
     def __init__(self, columns: Sequence[Column], path: Path | None, is_writer: bool) -> None:
         self.columns, self.rows = tuple(columns), list[Row]()
-        self._file: IO[str] | None = path.open("w", newline="") if path and is_writer else None
+        try:
+            self._file: IO[str] | None = path.open("w", newline="") if path and is_writer else None
+        except OSError as error:
+            raise SystemExit(f"mpiddp: error: --csv {path} cannot be written: {error.strerror}") from None
         self._writer = csv.DictWriter(self._file, [c.name for c in columns]) if self._file else None
 
     def __enter__(self) -> Report:

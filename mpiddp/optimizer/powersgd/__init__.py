@@ -16,5 +16,6 @@ a second gradient in float32.
 """
 
 from .choice import check_powersgd, ways_of
+from .memory import Remembering
 
-__all__ = ["check_powersgd", "ways_of"]
+__all__ = ["Remembering", "check_powersgd", "ways_of"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -31,7 +31,8 @@ class PowerLayout(Layout):
     def __init__(self, params: Sequence[torch.Tensor], compression: PowerSGD) -> None:
         super().__init__(params)
         self._compression = compression
-        self._remembered: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # parameter -> its error and its Q
+        #: Of each parameter its error and its Q.
+        self.remembered: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def _shape(self, index: int) -> tuple[int, int, int] | None:
         """Rows, columns and rank of what stands for a gradient; None where it travels as it is."""
@@ -83,11 +84,28 @@ class PowerLayout(Layout):
         """Give the stack what is remembered of its parameters, or the first Q and no error."""
         stack.q.copy_(first_qs(stack.indices, stack.q, self._compression.seed))
         for number, index in enumerate(stack.indices):
-            error, q = self._remembered.get(index, (stack.error[number], stack.q[number]))
-            if error.shape == stack.error[number].shape:
+            error, q = self.remembered.get(index, (stack.error[number], stack.q[number]))
+            if (error.shape, q.shape) == (stack.error[number].shape, stack.q[number].shape):
                 stack.error[number].copy_(error)
                 stack.q[number].copy_(q)
-            self._remembered[index] = stack.error[number], stack.q[number]
+            self.remembered[index] = stack.error[number], stack.q[number]
+
+    def remember(self, qs: Mapping[int, torch.Tensor], errors: Mapping[int, torch.Tensor] | None) -> None:
+        """Go on from these, which are written to where they are to lie; an error that is not given is zero, and all
+        stay as they are without ``errors``."""
+        for index, q in qs.items():
+            error = (errors or {}).get(index)
+            if index not in self.remembered:
+                rows, cols, _ = self._shape(index) or (0, 0, 0)
+                error = torch.zeros(rows, cols, dtype=q.dtype) if error is None else error.clone()
+                self.remembered[index] = error, q.clone()
+                continue
+            own_error, own_q = self.remembered[index]
+            if q.shape != own_q.shape:
+                continue  # saved with another rank=: begins anew
+            own_q.copy_(q)
+            if errors is not None:
+                own_error.zero_() if error is None else own_error.copy_(error)
 
 
 def _zeros(numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -24,12 +24,22 @@ class PowerWire(Wire):
         super().__init__(lane, replace(options, compression=Compression.none))
         assert isinstance(options.compression, PowerSGD)
         self.chosen = options.compression
+        self._before = 0
         #: What means are multiplied by in the end. P and Q are means whatever is wanted of the gradients.
         self.gain = self._scale * lane.link.size
 
+    @property
+    def steps(self) -> int:
+        """How many steps have been made or begun, those before a restart included."""
+        return self._lane.cycle + self._before
+
+    @steps.setter
+    def steps(self, steps: int) -> None:
+        self._before = steps - self._lane.cycle
+
     def launch(self, name: str, bucket: Bucket, factor: float = 1.0) -> Sending:
         """Reduce ``factor`` times the bucket over the members. The ranks count steps alike, a joined one too."""
-        if not isinstance(bucket, PowerBucket) or self._lane.cycle <= self.chosen.start_step:
+        if not isinstance(bucket, PowerBucket) or self.steps <= self.chosen.start_step:
             return super().launch(name, bucket, factor)
         if self._prescale * factor != 1.0:
             bucket.flat.mul_(self._prescale * factor)

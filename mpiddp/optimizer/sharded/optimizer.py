@@ -144,13 +144,14 @@ class _Sharded(Wrapped):
         """Bring the whole state to rank ``to`` (of the world), or to every rank with None; until the next ``step()``,
         ``state_dict()`` there is what the wrapped class alone would give, for any number of ranks. Collective.
 
-        Raises ValueError where ``to`` is no member of the process set.
+        Raises ValueError where ``to`` is no member of the process set, MpiddpError on every rank where some have loaded
+        a state and others have not.
         """
         if to is not None and to not in self._mpiddp_ranks:
             raise ValueError(f"consolidate_state_dict(to={to}): the optimizer's ranks are {list(self._mpiddp_ranks)}")
         reducer = self._mpiddp_reducer
         whole = dict(self.state)
-        if reducer.has_state_in_pieces():
+        if reducer.agree_on_pieces():
             member = None if to is None else list(self._mpiddp_ranks).index(to)
             params = reducer.gradients.params
             found = reducer.update.make_whole(reducer.layout, member)
@@ -182,6 +183,14 @@ class _Sharded(Wrapped):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As the wrapped class's: a whole state, saved at any number of ranks; each keeps its part at the next step."""
         super().load_state_dict(state_dict)  # type: ignore[misc]
+        self._mpiddp_forget_parts()
+
+    def _mpiddp_is_in_pieces(self) -> bool:
+        """Whether each rank has a part of the state only."""
+        return self._mpiddp_reducer.has_state_in_pieces()
+
+    def _mpiddp_forget_parts(self) -> None:
+        """The whole state was replaced: what was made of the one before is out of date."""
         self._mpiddp_reducer.update.forget()
         self._mpiddp_whole = None
 

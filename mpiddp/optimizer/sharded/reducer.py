@@ -16,7 +16,9 @@ import torch
 
 from ...collectives.base import chunk_bounds
 from ...engine import Channel, Engine, Handle
+from ...errors import MpiddpError
 from ...trace import span
+from ..agreement import gather_objects
 from ..layout import Bucket, read_tails
 from ..options import Options
 from ..reducer import Reducer
@@ -33,7 +35,7 @@ class ShardedReducer(Reducer):
     """State: belongs to the thread that runs backward and step. ``groups`` is the optimizer's group of each
     parameter."""
 
-    _wire: ShardWire
+    wire: ShardWire
 
     def __init__(
         self,
@@ -85,7 +87,7 @@ class ShardedReducer(Reducer):
         held = {index for index in self._held if isinstance(params[index].grad, ShardedGradient)}
         if held:
             self._zero(self._held - held)
-            self._kept = [self._wire.own(bucket.data).clone() for bucket in self.layout.buckets]
+            self._kept = [self.wire.own(bucket.data).clone() for bucket in self.layout.buckets]
         for index in held:
             gradient = params[index].grad
             assert isinstance(gradient, ShardedGradient)
@@ -126,7 +128,7 @@ class ShardedReducer(Reducer):
         tails = read_tails(buckets)
         held = self._held | {index for each in zip(buckets, tails, strict=True) for index in _flagged(*each)}
         for kept, bucket in zip(self._kept, buckets, strict=False):
-            self._wire.own(bucket.data).add_(kept)
+            self.wire.own(bucket.data).add_(kept)
         late, relayout = (value != 0 for value in tails[-1][-2:])
         if relayout or not self._order_agreed:
             self._renew(held, relayout)
@@ -150,8 +152,8 @@ class ShardedReducer(Reducer):
         for number, bucket in enumerate(self.layout.buckets):
             extra = Bucket.over(bucket.indices, self.gradients.params, shards=self.layout.shards)
             self.gradients.fill_late(extra)
-            self._wire.launch(f"late bucket {number}", extra, 1.0 / self._divisor(passes)).wait(self.engine)
-            self._wire.own(bucket.data).add_(self._wire.own(extra.data))
+            self.wire.launch(f"late bucket {number}", extra, 1.0 / self._divisor(passes)).wait(self.engine)
+            self.wire.own(bucket.data).add_(self.wire.own(extra.data))
             came |= _flagged(extra, *read_tails([extra]))
         return came
 
@@ -172,7 +174,7 @@ class ShardedReducer(Reducer):
 
     def _spread(self, held: set[int]) -> None:
         """Gather the shards: ``grad`` is a view of its bucket with the averaged gradient, on every rank. Collective."""
-        gathers = [self._wire.gather(f"gradients {n}", bucket) for n, bucket in enumerate(self.layout.buckets)]
+        gathers = [self.wire.gather(f"gradients {n}", bucket) for n, bucket in enumerate(self.layout.buckets)]
         for handle in gathers:
             self.engine.wait(handle)
         for index in held:
@@ -217,7 +219,7 @@ class ShardedReducer(Reducer):
 
     @torch.no_grad()
     def _lay_out(self, order: Sequence[int]) -> None:
-        if self.has_state_in_pieces():
+        if self.agree_on_pieces():
             self.update.relieve(self._optimizer(), self.gradients.params, self.layout)
         self.update.forget()
         self._planned = list(order)
@@ -232,6 +234,21 @@ class ShardedReducer(Reducer):
         optimizer: Any = self._optimizer()
         loaded = any(optimizer.state.get(self.gradients.params[index]) for index in self.layout.place)
         return self.update.is_cut and not loaded
+
+    def agree_on_pieces(self) -> bool:
+        """:meth:`has_state_in_pieces`, which must be the same everywhere. Collective.
+
+        Raises MpiddpError on every rank where some have loaded a state and others have not.
+        """
+        everyone: list[bool] = gather_objects(self.engine, self.lane, self.has_state_in_pieces())
+        if len(set(everyone)) == 1:
+            return everyone[0]
+        ranks = self.lane.channel.ranks
+        loaded = [rank for rank, in_pieces in zip(ranks, everyone, strict=True) if not in_pieces]
+        raise MpiddpError(
+            f"load_state_dict() was called on ranks {loaded} and not on the others, which keep their parts of another "
+            "state (shard=True): call it on every rank, or call broadcast_optimizer_state() on every rank after it"
+        )
 
     # -- what is done to shards ----------------------------------------------------------------------------------------
 
@@ -251,7 +268,7 @@ class ShardedReducer(Reducer):
 
     def own_shards(self) -> list[torch.Tensor]:
         """This rank's shard of each bucket's gradients; zeros where there is none."""
-        return [self._wire.own(bucket.data) for bucket in self.layout.buckets]
+        return [self.wire.own(bucket.data) for bucket in self.layout.buckets]
 
     def unscale(self, indices: Sequence[int], found_inf: torch.Tensor, inv_scale: torch.Tensor) -> None:
         """As :class:`~.gradient.Holder` says. Collective; all members' parameters have gradients alike."""
@@ -266,7 +283,7 @@ class ShardedReducer(Reducer):
 
     def gather_parameters(self, number: int) -> Handle:
         """Every rank's shard of the parameters of a bucket is on its way to all ranks."""
-        handle = self._wire.gather(f"parameters {number}", self.weights.buckets[number])
+        handle = self.wire.gather(f"parameters {number}", self.weights.buckets[number])
         self.engine.push()
         return handle
 

@@ -77,7 +77,10 @@ def _own(value: Any) -> Any:
 
 
 def _covering(cards: Sequence[_Card], lo: int, hi: int) -> dict[str, Any]:
-    """What is said of the first piece that has elements of ``[lo, hi)``."""
+    """What is said of the first piece that has elements of ``[lo, hi)``; of a parameter without any, of one beside it,
+    whose counts of steps are as good as its own."""
+    if lo == hi:
+        return next((said for begin, end, said in cards if begin <= lo <= end), {})
     return next((said for begin, end, said in cards if begin < hi and end > lo), {})
 
 

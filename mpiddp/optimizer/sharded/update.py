@@ -153,6 +153,8 @@ def _fuses(plain: type, group: dict[str, Any], like: torch.Tensor) -> bool:
         return False
     if group.get("fused") is not None:
         return False
+    if plain is torch.optim.SGD and like.is_cpu and like.element_size() == 2:
+        return False  # torch 2.13's kernel does nothing there: parameters stay what they are
     plain_rate = not isinstance(group.get("lr"), torch.Tensor)
     return plain_rate and like.is_floating_point() and like.device.type in ("cpu", "cuda")
 
