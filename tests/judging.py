@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mpiddp.collectives.base import ReduceOp
-from mpiddp.engine import Handle, Kind, Signature, channel, lane, meet, member, wire
+from mpiddp.engine import Handle, Kind, Signature, lane, meet, member, starting, wire
 from mpiddp.errors import CollectiveError, MismatchError, RankLeftError
 from tests import naive
 from tests.playing import Brittle, Player, bucket
@@ -53,8 +53,8 @@ def _narrow(draw: random.Random) -> Iterator[pytest.MonkeyPatch]:
     """Limits so low that they are reached: exchanges at a time, tags, tags of a lane, entries of the table."""
     running = draw.choice((1, 2, 16))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(channel, "_RUNNING", running)
-        patch.setattr(channel, "FIRST_TAG", draw.choice((running, running + 3, 8192)))
+        patch.setattr(starting, "_RUNNING", running)
+        patch.setattr(starting, "FIRST_TAG", draw.choice((running, running + 3, 8192)))
         patch.setattr(lane, "LANE_TAGS", draw.choice((1, 3, 512)))
         patch.setattr(member, "TABLE_ENTRIES", draw.choice((1, 3, 4096)))
         yield patch

@@ -19,7 +19,7 @@ from .coordinator import Coordinator
 from .departures import Departures
 from .eager import receive
 from .execute import exchange, phantom
-from .lane import FIRST_TAG, Lane
+from .lane import Lane
 from .launches import Launches
 from .meet import cancel, meet
 from .member import Member, Run
@@ -27,13 +27,11 @@ from .mismatch import ERRORS
 from .notices import heed
 from .presence import Presence
 from .request import Handle, Key, Kind, Request
-from .running import Running, beginning
+from .running import Running
+from .starting import Starting
 from .wire import GONE, LEFT, REFUSED, pack, unpack
 
 __all__ = ["Channel"]
-
-#: Exchanges of one channel that are resumed in turn; those behind them wait. Bounds the memory for scratch buffers.
-_RUNNING = 16
 
 #: A coordinator with nothing pending of its own looks once in so many pushes whether others want something of it.
 _LISTENING = 64
@@ -61,9 +59,8 @@ class Channel:
         self.presence = Presence.alone()
         self.running: list[Running] = []
         self._segment_nbytes = segment_nbytes
-        self._starting: deque[tuple[int, list[Handle], Callable[[], Steps]]] = deque()  # with their tags
+        self._starting = Starting()
         self._abandoned: list[Running] = []  # MPI may still write into their buffers
-        self._tag = 0
         self._unheard = 0  # pushes since the last look
 
     @property
@@ -127,14 +124,7 @@ class Channel:
         if self.launches:
             moved |= self.launches.start(self.link, self.lanes, self.running, self.departures)
         if self._starting:
-            # Those of lanes, and meetings, do not count: others may come to theirs only after one that is to be started
-            # here.
-            tags = [running.number for running in self.running if running.number >= 0 and running.lane < 0]
-            while self._starting and len(tags) < _RUNNING and self._starting[0][0] not in tags:
-                tag, handles, build = self._starting.popleft()
-                tags.append(tag)
-                self.running.append(Running(handles, beginning(build), number=tag))
-                moved = True
+            moved |= self._starting.start(self.running)
         if self.running:
             states = [running.resume() for running in self.running]
             self.running = [running for running, state in zip(self.running, states, strict=True) if not state]
@@ -242,12 +232,11 @@ class Channel:
             return
         if run.phantoms:
             requests = run.requests = [phantom(self.link, signature) for signature in run.phantoms]
-        tag = self._tag
-        self._tag = (tag + 1) % FIRST_TAG
         if trace.active():
             trace.instant("ready", name=requests[0].name, of=requests)
-        build = partial(exchange, self.link, self.ranks, run, tag, self._segment_nbytes)
-        self._starting.append((tag, list(requests), build))
+        self._starting.add(
+            requests, lambda tag: partial(exchange, self.link, self.ranks, run, tag, self._segment_nbytes)
+        )
 
     # -- ranks that join or leave --------------------------------------------------------------------------------------
 
@@ -284,8 +273,7 @@ class Channel:
         """Nothing here will be done any more."""
         handles: list[Handle] = [*self.submitted, *self.member.waiting.values()]
         handles += self.launches.clear()
-        for _, group, _ in self._starting:
-            handles += group
+        handles += self._starting.clear()
         for running in self.running:
             handles += running.handles
         for handle in handles:
@@ -294,7 +282,6 @@ class Channel:
         self._abandoned += self.running
         self.submitted.clear()
         self.member.waiting.clear()
-        self._starting.clear()
         self.running.clear()
 
     def close(self, is_clean: bool) -> None:

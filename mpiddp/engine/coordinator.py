@@ -12,12 +12,12 @@ from typing import Any
 
 from .. import trace
 from ..errors import CollectiveError, StallError
-from . import eager
 from .awaited import Awaited
 from .bucket import fuse
 from .groups import Announced, Groups
 from .mismatch import problem
 from .request import Key, Kind, Signature, automatic_name
+from .run_lists import RunLists
 from .wire import ALL_LEFT, CYCLE, JOINED, LEFT, MET, NEWS, REFUSED, RESET, RUN
 
 __all__ = ["Coordinator"]
@@ -41,7 +41,7 @@ class Coordinator:
         self._ready: list[tuple[Key, Announced]] = []
         self._groups = Groups()
         self._just_joined: list[int] = []
-        self._outboxes: list[list[tuple[Any, ...]]] = [[] for _ in ranks]
+        self._lists = RunLists(self.ranks)
 
     # -- what comes in -------------------------------------------------------------------------------------------------
 
@@ -57,7 +57,7 @@ class Coordinator:
                 self._has_left(member, item[2], item[3])
             elif item[0] == CYCLE:
                 for other in self.joined:
-                    self._outboxes[other].append(item)
+                    self._lists.tell(other, *item)
             elif item[0] == NEWS:
                 self._pass_on(member, item)
             elif item[0] == MET:
@@ -69,12 +69,11 @@ class Coordinator:
         if item[1] in self.news:
             self.news[item[1]](member, *item[2:])
             return
-        for outbox in self._outboxes:
-            outbox.append(item)
+        self._lists.tell_all(*item)
 
     def tell(self, member: int, *notice: Any) -> None:
         """Send a notice with the next messages."""
-        self._outboxes[member].append(notice)
+        self._lists.tell(member, *notice)
 
     def _submitted(self, member: int, item: tuple[Any, ...]) -> None:
         table = self._tables[member]
@@ -141,7 +140,7 @@ class Coordinator:
             self._ready += self._groups.gather(key, record)
         elif record.met == self.size:
             return  # they meet without a word
-        elif record.payloads is None or self.joined or not self._answer_eagerly([record]):
+        elif record.payloads is None or self.joined or not self._lists.answer([record]):
             self._ready.append((key, record))
 
     def _fail_group(self, key: Key, record: Announced) -> list[tuple[Key, Announced]]:
@@ -176,7 +175,7 @@ class Coordinator:
             error, is_of_group = late
             if is_of_group:
                 self._groups.fail_rest(member, key, signature, error)
-        self._outboxes[member].append((RUN, [number], [], error, None))
+        self._lists.tell(member, RUN, [number], [], error, None)
         return True
 
     def _refused(self, member: int, key: Key, text: str) -> None:
@@ -203,13 +202,11 @@ class Coordinator:
         if member in self.left:
             return
         self.left[member] = steps
-        for outbox in self._outboxes:
-            outbox.append((LEFT, self.ranks[member], steps, launched))
+        self._lists.tell_all(LEFT, self.ranks[member], steps, launched)
         self._fail_joins()
         self._look_again()
         if len(self.left) == self.size:
-            for outbox in self._outboxes:
-                outbox.append((ALL_LEFT,))
+            self._lists.tell_all(ALL_LEFT)
 
     def _forget_joined(self, record: Announced) -> None:
         for member in record.numbers:
@@ -223,8 +220,7 @@ class Coordinator:
                 self._run([record], problem(key, record, self.ranks, self.left))
                 self._forget_joined(record)
                 self._just_joined.clear()
-                for outbox in self._outboxes:
-                    outbox.append((JOINED, False))
+                self._lists.tell_all(JOINED, False)
 
     # -- what goes out -------------------------------------------------------------------------------------------------
 
@@ -234,11 +230,10 @@ class Coordinator:
             self._settle_joins()
         if self._ready:
             self._schedule()
-        if not any(self._outboxes):
+        if not self._lists:
             return []
         trace.instant("cycle")
-        outboxes, self._outboxes = self._outboxes, [[] for _ in self.ranks]
-        return [(member, outboxes[member]) for member in reversed(range(self.size)) if outboxes[member]]
+        return self._lists.take()
 
     def _settle_joins(self) -> None:
         """Those who joined in one round joined at once: the highest of them counts as the last.
@@ -248,18 +243,17 @@ class Coordinator:
         just_joined, self._just_joined = self._just_joined, []
         self._look_again()
         if len(self.joined) < self.size:
-            for outbox in self._outboxes:
-                outbox.append((JOINED, True))
+            self._lists.tell_all(JOINED, True)
             return
         self._schedule()
         last = self.ranks[max(just_joined)]
         self.joined.clear()
         for key in [key for key, record in self.announced.items() if record.signature.kind == Kind.JOIN]:
             record = self.announced.pop(key)
-            unnamed = max(extent[0] for extent in self._extents(record))
-            for member, outbox in enumerate(self._outboxes):
-                outbox.append((RUN, [record.numbers[member]], [(last, unnamed)], None, None))
-                outbox.append((JOINED, False))
+            unnamed = max(extent[0] for extent in self._lists.extents(record))
+            for member in range(self.size):
+                self._lists.tell(member, RUN, [record.numbers[member]], [(last, unnamed)], None, None)
+            self._lists.tell_all(JOINED, False)
 
     def _schedule(self) -> None:
         ready, self._ready = self._ready, []
@@ -282,32 +276,7 @@ class Coordinator:
                     self._run([ready[i][1]], errors[i])
 
     def _run(self, records: list[Announced], error: tuple[str, str] | None) -> None:
-        if error is None and records[0].payloads and self._answer_eagerly(records):
-            return
-        extents = self._extents(records[0])
-        for member, outbox in enumerate(self._outboxes):
-            numbers = [record.numbers[member] for record in records if member in record.numbers]
-            if numbers:
-                outbox.append((RUN, numbers, extents, error, None))
-            elif member in self.joined and error is None:
-                outbox.append((RUN, [tuple(record.signature) for record in records], extents, None, None))
-
-    def _extents(self, record: Announced) -> list[tuple[int, ...]]:
-        return [record.extents.get(member, ()) for member in range(self.size)] if record.extents else []
+        self._lists.run(records, error, self.joined)
 
     def _is_sound(self, record: Announced) -> bool:
         return record.error is None and len(record.numbers) == self.size and not record.differs
-
-    def _answer_eagerly(self, records: list[Announced]) -> bool:
-        """Answer what came with its content; False where some member's content is missing."""
-        if any(record.payloads is None or len(record.payloads) != len(record.numbers) for record in records):
-            return False
-        for record in records:
-            assert record.payloads is not None
-            contributions = [record.payloads[member] for member in sorted(record.payloads)]
-            extents = self._extents(record)
-            root = self.ranks.index(record.signature.root) if record.signature.kind == Kind.BROADCAST else 0
-            payload = eager.answer(record.signature, contributions, root)
-            for member, number in record.numbers.items():
-                self._outboxes[member].append((RUN, [number], extents, None, payload))
-        return True

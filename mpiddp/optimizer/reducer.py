@@ -19,11 +19,12 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ..engine import Channel, Engine
-from ..errors import CollectiveError, MpiddpError
+from ..errors import MpiddpError
 from ..memory.heap import keep_freed
 from ..trace import span
 from .agreement import agree_on_order, agree_on_trained
 from .autograd import BackwardEnd
+from .callers import caller, mirror
 from .gradients import Gradients
 from .hooks import watch_gradient
 from .layout import Bucket, Layout, read_tails, shared_zeros
@@ -66,7 +67,7 @@ class Reducer:
         self._is_joined = False
         self.exchanged = False  # since the last step
         this = weakref.ref(self)
-        self.lane.mirror = lambda: _mirror(this)
+        self.lane.mirror = lambda: mirror(this)
         self.add(params, names)
 
     # -- parameters ----------------------------------------------------------------------------------------------------
@@ -81,7 +82,7 @@ class Reducer:
         this = weakref.ref(self)
         for param, name in zip(params, names, strict=True):
             index = self.gradients.add(param, name)
-            came, coming = (_caller(this, index, hook) for hook in ("gradient_came", "gradient_comes"))
+            came, coming = (caller(this, index, hook) for hook in ("gradient_came", "gradient_comes"))
             watch_gradient(param, came, None if self._options.may_repeat else coming)
         self._agreed = self._order_agreed = False
 
@@ -277,25 +278,3 @@ class Reducer:
         rest = [index for index in self.layout.order() if index not in self._arrived]
         self._order_agreed = True
         return agree_on_order(self.engine, self.lane, came + rest)
-
-
-def _mirror(this: weakref.ref[Reducer]) -> None:
-    reducer = this()
-    if reducer is None:
-        raise CollectiveError(
-            "this rank has joined, others go on training, and its DistributedOptimizer is gone: keep it until join() "
-            "returns"
-        )
-    reducer.take_part_without_data()
-
-
-def _caller(this: weakref.ref[Reducer], index: int, name: str) -> Callable[[], None]:
-    """What a hook calls; it does not keep the reducer alive."""
-
-    def call() -> None:
-        reducer = this()
-        if reducer is not None:
-            with reducer.turn:
-                getattr(reducer, name)(index)
-
-    return call
