@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ...collectives import hierarchical, select
+from ...collectives import hierarchical, ring, select
 
 __all__ = ["Figures", "Wire", "allreduce", "buckets", "doubling_s", "exposed_s", "hierarchical_s", "ring_s"]
 
@@ -61,14 +61,18 @@ class Figures:
 def ring_s(size: int, nbytes: float, wire: Wire, add_byte_s: float, segment_nbytes: int) -> float:
     """2(p-1) steps of n/p bytes each, of which half are added: 2(p-1) alpha + 2(p-1)/p n beta + (p-1)/p n gamma.
 
-    A chunk of several segments costs no alpha a step while the network carries the rest of it.
+    A chunk of several segments costs no alpha a step while the network carries the rest of it; what remains is that of
+    the last one, which nothing hides.
     """
     if size == 1:
         return 0.0
     chunk = nbytes / size
-    segments = max(1, -(-chunk // segment_nbytes))
-    step = max(chunk * wire.byte_s, wire.message_s(chunk / segments))
-    return 2 * (size - 1) * step + (size - 1) * chunk * add_byte_s
+    segments = ring.segments_of(chunk, segment_nbytes)
+    one = wire.message_s(chunk / segments)
+    step, last = max(chunk * wire.byte_s, one), 0.0
+    if segments > 1:
+        last = one - chunk / segments * wire.byte_s
+    return 2 * (size - 1) * step + last + (size - 1) * chunk * add_byte_s
 
 
 def doubling_s(nodes: int, nbytes: float, figures: Figures) -> float:
