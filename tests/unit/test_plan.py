@@ -56,6 +56,14 @@ def test_doubling_has_cheap_steps_within_nodes() -> None:
     assert model.doubling_s(2, 4 * KIB, figures(local_size=4)) == 2 * 0.5 + 1 * (1 + 4)
 
 
+@pytest.mark.parametrize(("nodes", "local"), [(2, 1), (3, 1), (4, 2)])
+def test_the_latency_is_that_of_a_step_of_doubling(nodes: int, local: int) -> None:
+    found = model.calibrated(nodes, 4 * KIB, 100.0, figures(local))
+    assert model.doubling_s(nodes, 4 * KIB, found) == pytest.approx(100)
+    assert found.network.byte_s == NETWORK.byte_s and found.within == WITHIN
+    assert model.calibrated(nodes, 4 * KIB, 0.0, figures(local)).network.short_s == 0
+
+
 def test_layers() -> None:
     one_part = 4.0 + 4.0 + model.ring_s(2, 2 * MIB, NETWORK, 0.0, 512 * KIB)
     assert model.hierarchical_s(2, 4 * MIB, figures(2)) == one_part

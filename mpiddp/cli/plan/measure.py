@@ -17,7 +17,7 @@ import torch
 from ...collectives import ReduceOp, pairs, select
 from ...runtime import Runtime
 from ...transport.base import Link, Steps
-from .model import Figures, Wire
+from .model import Figures, Wire, calibrated
 
 __all__ = ["Meter", "measure"]
 
@@ -31,6 +31,9 @@ ROUNDS = 7
 
 #: What disturbs a message only adds to its time, so that the figure is the lower quartile.
 _MESSAGE_ROUNDS, _UNDISTURBED = 15, 0.25
+
+#: Small all-reduces take longer while the system has two ranks on one core: for seconds, at times.
+_SHORT_ROUNDS = 60
 
 
 class Meter:
@@ -122,4 +125,9 @@ def measure(meter: Meter, dtype: torch.dtype, segment_nbytes: int) -> Figures:
         byte_s = max(0.0, (large - small) / (_NODE_NBYTES[1] - _NODE_NBYTES[0]))
         alpha = max(0.0, small - _NODE_NBYTES[0] * byte_s)
     add_byte_s = meter.addition(dtype, segment_nbytes)
-    return Figures(meter.world.local_size, network, within, alpha, byte_s, add_byte_s, segment_nbytes)
+    found = Figures(meter.world.local_size, network, within, alpha, byte_s, add_byte_s, segment_nbytes)
+    if is_one:
+        return found
+    flat = torch.ones(_SHORT_NBYTES // dtype.itemsize, dtype=dtype)
+    seconds = meter.allreduce(flat, segment_nbytes, 32, _SHORT_ROUNDS)
+    return calibrated(max(nodes) + 1, _SHORT_NBYTES, seconds, found)
