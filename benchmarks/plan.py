@@ -4,7 +4,8 @@
 
 The hosts are namespaces of this machine, as in hosts.py. On each layout of ranks over hosts the figures are measured as
 ``mpiddp plan`` does, then all-reduces as buckets of gradients have them. Predicted are these, from the layout's own
-figures, and, for more than two hosts, from those of two with as many ranks each: what the command is for.
+figures, and, for more than two hosts, from those of the first two, measured while every other two measure theirs: what
+the command is for, on a machine whose cores have as much to do as with all hosts in one world.
 """
 
 from __future__ import annotations
@@ -23,27 +24,50 @@ MARK = "RESULT "
 LAYOUTS = ((2, 1), (4, 1), (8, 1), (2, 2), (4, 2))
 
 #: Bytes, how many all-reduces follow one another, and how often.
-SIZES = ((32 << 20, 1, 7), (1 << 20, 1, 60), (4 << 10, 32, 15))
+SIZES = ((32 << 20, 1, 7), (1 << 20, 1, 60), (4 << 10, 32, 60))
 TIMEOUT_S = 120
 
 
-def worker() -> None:
-    """On the hosts: the figures, and the seconds of an all-reduce of each size."""
+def measured_here(with_sizes: bool) -> tuple[dict[str, Any], list[float]]:
+    """Between the ranks of the world as it is: the figures, and the seconds of an all-reduce of each size."""
     import torch
 
-    import mpiddp
     from mpiddp import runtime
     from mpiddp.cli.plan.measure import Meter, measure
 
-    torch.set_num_threads(1)
-    mpiddp.init()
     here = runtime.current()
     comm = here.world.comm.Dup()
     meter, segment = Meter(here, comm), here.config.segment_kb << 10
-    figures = measure(meter, torch.float32, segment)
-    measured = [meter.allreduce(torch.ones(nbytes // 4), segment, *often) for nbytes, *often in SIZES]
-    if mpiddp.rank() == 0:
-        print(MARK + json.dumps({"figures": asdict(figures), "measured": measured}), flush=True)
+    figures = asdict(measure(meter, torch.float32, segment))
+    sizes = SIZES if with_sizes else ()
+    measured = [meter.allreduce(torch.ones(nbytes // 4), segment, *often) for nbytes, *often in sizes]
+    comm.Free()
+    return figures, measured
+
+
+def worker(per_host: int) -> None:
+    """On the hosts: among all; then among every two of them, all of these at once, so that the cores have as much to
+    do as before."""
+    import torch
+
+    import mpiddp
+
+    torch.set_num_threads(1)
+    mpiddp.init()
+    from mpi4py import MPI
+
+    everyone, two = MPI.COMM_WORLD, 2 * per_host
+    figures, measured = measured_here(True)
+    found = {"figures": figures, "measured": measured, "of_two": None}
+    if everyone.size > two:
+        mpiddp.shutdown()
+        first = everyone.rank // two * two
+        mpiddp.init(comm=list(range(first, first + two)))
+        everyone.Barrier()
+        found["of_two"] = measured_here(False)[0]
+        everyone.Barrier()
+    if everyone.rank == 0:
+        print(MARK + json.dumps(found), flush=True)
 
 
 def run_on(hosts: int, per_host: int, mbit: float, delay_us: float) -> dict[str, Any]:
@@ -53,7 +77,7 @@ def run_on(hosts: int, per_host: int, mbit: float, delay_us: float) -> dict[str,
     launcher = find()
     assert launcher is not None, "no mpirun beside this Python or on PATH"
     with Hosts(hosts, mbit or None, delay_us) as these:
-        done = these.start(launcher, [__file__, "--worker"], per_host).wait(TIMEOUT_S)
+        done = these.start(launcher, [__file__, "--worker", str(per_host)], per_host).wait(TIMEOUT_S)
     result = next((line for line in done.stdout.splitlines() if line.startswith(MARK)), None)
     if result is None:
         raise SystemExit(f"{hosts} hosts x {per_host}: no result\n{done}")
@@ -61,19 +85,20 @@ def run_on(hosts: int, per_host: int, mbit: float, delay_us: float) -> dict[str,
     return found
 
 
-def figures_of(found: dict[str, Any]) -> Any:
+def figures_of(values: dict[str, Any]) -> Any:
     from mpiddp.cli.plan.model import Figures, Wire
 
-    values = dict(found["figures"])
+    values = dict(values)
     for name in ("network", "within"):
         values[name] = Wire(**values[name])
     return Figures(**values)
 
 
-def show(hosts: int, per_host: int, found: dict[str, Any], of_two: Any) -> None:
+def show(hosts: int, per_host: int, found: dict[str, Any]) -> None:
     from mpiddp.cli.plan.model import allreduce
 
-    own = figures_of(found)
+    own = figures_of(found["figures"])
+    of_two = figures_of(found["of_two"]) if found["of_two"] else None
     wire = own.network
     print(
         f"\n{hosts} hosts x {per_host}: latency {wire.short_s * 1e6:.0f} us, {wire.long_s * 1e6:.0f} us for long "
@@ -96,20 +121,15 @@ def main() -> None:
     parser.add_argument("--only", action="append", metavar="HxR", help="a layout: hosts x ranks on each, such as 4x2")
     parser.add_argument("--mbit", type=float, default=1000, help="of each link, 0 for unshaped (default 1000)")
     parser.add_argument("--delay-us", type=float, default=0, help="from host to host")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     if arguments.worker:
-        worker()
+        worker(arguments.worker)
         return
-    of_two: dict[int, Any] = {}
     for hosts, per_host in LAYOUTS:
-        if arguments.only and f"{hosts}x{per_host}" not in arguments.only:
-            continue
-        found = run_on(hosts, per_host, arguments.mbit, arguments.delay_us)
-        show(hosts, per_host, found, of_two.get(per_host))
-        if hosts == 2:
-            of_two[per_host] = figures_of(found)
+        if not arguments.only or f"{hosts}x{per_host}" in arguments.only:
+            show(hosts, per_host, run_on(hosts, per_host, arguments.mbit, arguments.delay_us))
 
 
 if __name__ == "__main__":

@@ -19,12 +19,8 @@ __all__ = ["VARIABLES", "Config", "Variable", "environ", "export", "ignored_horo
 
 MIB = 1 << 20
 
-#: Buckets within a host, where only the number of exchanges costs; and between hosts, where the network stands still
-#: until the first large one is full, and after the last one has come: a step with 8.4 million parameters, 2 hosts, 1
-#: Gbit/s, bfloat16 on the wire, took 174 ms with buckets of 25 MiB, 160 of 8, 152 of 4, 151 of 2. A ring of many hosts
-#: cuts each into as many chunks.
+#: Buckets within a host, where only the number of exchanges costs. Between hosts: see optimizer/network.py.
 _BUCKET_MB = 25.0
-_BUCKET_MB_BETWEEN_HOSTS, _BUCKET_MB_A_HOST = 4.0, 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,12 +72,10 @@ class Config:
             values["stall_warn_s"] = 0.0
         return cls(**values)
 
-    def bucket_nbytes(self, hosts: int) -> int:
-        """The size that a gradient bucket is filled up to, in bytes, for ranks on so many hosts."""
-        if self.bucket_mb is not None:
-            return int(self.bucket_mb * MIB)
-        between = max(_BUCKET_MB_BETWEEN_HOSTS, hosts * _BUCKET_MB_A_HOST)
-        return int(MIB * (_BUCKET_MB if hosts == 1 else min(between, _BUCKET_MB)))
+    @property
+    def bucket_nbytes(self) -> int:
+        """The size that a gradient bucket is filled up to, in bytes, unless the network says another."""
+        return int(MIB * (_BUCKET_MB if self.bucket_mb is None else self.bucket_mb))
 
     @property
     def first_bucket_nbytes(self) -> int:

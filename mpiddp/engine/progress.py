@@ -17,6 +17,7 @@ from .. import trace
 from ..errors import MpiddpError
 from ..uncompiled import uncompiled
 from .channel import Channel
+from .ladder import BETWEEN_HOSTS_S, ON_A_NODE_S, SPINS, longest_sleep_s, renewed_yield_s
 from .liveness import Liveness
 from .neutral import is_neutral, without_modes
 from .presence import COMPUTING, WAITING, Presence
@@ -25,14 +26,8 @@ from .stall import StallCheck
 
 __all__ = ["Engine"]
 
-#: The ladder of waiting: so many pushes at once, then giving the core away between pushes, then short sleeps.
-_SPINS = 2
-_YIELD_S = 0.02
-_SLEEP_S = 0.0002
-
-#: Where the network is between ranks, nothing is worth a core for longer: what comes meanwhile waits in its buffers,
-#: and where a segment takes longer than this, a short sleep takes nothing from the link.
-_YIELD_BETWEEN_HOSTS_S = 0.001
+#: Between attempts to be the only one who pushes.
+_ATTEMPT_S = 0.0002
 
 #: Who submits pushes, too, when nobody has for so long; what is submitted in between is announced, and fused, together.
 _SUBMITTING_S = 0.001
@@ -52,7 +47,7 @@ class Engine:
         self._main_thread = threading.get_ident()
         self._after_push = after_push
         self._is_served = False
-        self._yield_s = _YIELD_S
+        self._is_between_hosts = False
         self._stopped: MpiddpError | None = None
         self.last_push_s = time.monotonic()
         self.presence = Presence.alone()
@@ -68,7 +63,7 @@ class Engine:
 
     def span_hosts(self) -> None:
         """Some ranks are on other hosts: wait for them without taking a core from whoever computes."""
-        self._yield_s = _YIELD_BETWEEN_HOSTS_S
+        self._is_between_hosts = True
 
     def add(self, channel: Channel) -> None:
         """Push ``channel`` from now on."""
@@ -174,7 +169,7 @@ class Engine:
             return True
 
         while self.inspect(changed) is None:
-            time.sleep(_SLEEP_S)
+            time.sleep(_ATTEMPT_S)
 
     def _advance(self) -> bool:
         moved = False
@@ -230,29 +225,34 @@ class Engine:
         begun_s = time.monotonic()
         self.presence.phase(WAITING, begun_s)
         try:
-            return self._climb(done, begun_s + timeout_s)
+            return self._climb(done, begun_s, begun_s + timeout_s)
         finally:
             self.presence.phase(COMPUTING, self.last_push_s)
 
-    def _climb(self, done: Callable[[], bool], deadline_s: float) -> bool:
+    def _climb(self, done: Callable[[], bool], begun_s: float, deadline_s: float) -> bool:
         """The ladder of waiting."""
-        spins, idle_since_s = 0, 0.0
+        is_between_hosts = self._is_between_hosts
+        yield_s = BETWEEN_HOSTS_S if is_between_hosts else ON_A_NODE_S
+        spins, idle_since_s, has_slept = 0, 0.0, False
         while not done():
             if self.push():
-                spins = 0
+                if spins >= SPINS and is_between_hosts:
+                    yield_s = renewed_yield_s(yield_s, self.last_push_s - idle_since_s, has_slept)
+                spins, has_slept = 0, False
                 continue
             spins += 1
-            if spins < _SPINS:
+            if spins < SPINS:
                 continue
             now = time.monotonic()
             if now > deadline_s:
                 return False
-            if spins == _SPINS:
+            if spins == SPINS:
                 idle_since_s = now
-            if now - idle_since_s < self._yield_s:
+            if now - idle_since_s < yield_s:
                 os.sched_yield()
             else:
-                time.sleep(_SLEEP_S)
+                has_slept = True
+                time.sleep(longest_sleep_s(now - begun_s, is_between_hosts))
         return True
 
     def stop(self, error: MpiddpError) -> None:

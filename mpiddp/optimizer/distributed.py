@@ -159,7 +159,8 @@ def DistributedOptimizer(  # noqa: N802 - the name that scripts know
         groups=groups_by_position(params, num_groups, groups),
         sparse_as_dense=sparse_as_dense,
         first_nbytes=here.config.first_bucket_nbytes,
-        bucket_nbytes=here.config.bucket_nbytes(max(here.world.nodes) + 1),
+        bucket_nbytes=here.config.bucket_nbytes,
+        nodes=_nodes_to_measure(here, channel.ranks),
         heap_nbytes=here.config.heap_nbytes,
         segment_nbytes=here.config.segment_kb << 10,
         is_ordered=is_ordered,
@@ -210,3 +211,9 @@ def _before_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 def _after_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     optimizer._mpiddp_reducer.exchanged = False
     optimizer._mpiddp_synchronized = False
+
+
+def _nodes_to_measure(here: runtime.Runtime, ranks: Sequence[int]) -> tuple[int, ...]:
+    """The nodes of ``ranks``, if they are several and the user has chosen no size of buckets."""
+    nodes = tuple(here.world.nodes[rank] for rank in ranks)
+    return nodes if here.config.bucket_mb is None and len(set(nodes)) > 1 else ()

@@ -23,6 +23,7 @@ class Options:
     sparse_as_dense: bool = False
     first_nbytes: int = 1 << 20
     bucket_nbytes: int = 25 << 20
+    nodes: tuple[int, ...] = ()  # the members' nodes, where what is between them is to say how large buckets are
     segment_nbytes: int = 512 << 10
     heap_nbytes: int = 0  # that malloc is to keep, of what gradients leave behind; 0: as it does by itself
     is_ordered: bool = False  # the same bits for any size of buckets and any layout of the ranks over nodes

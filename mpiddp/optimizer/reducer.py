@@ -28,6 +28,7 @@ from .callers import caller, mirror
 from .gradients import Gradients
 from .hooks import watch_gradient
 from .layout import Bucket, Layout, read_tails, shared_zeros
+from .network import suited
 from .options import Options
 from .sparse import gather_sparse
 from .wire import Sending, Wire
@@ -90,13 +91,14 @@ class Reducer:
         """Before the first exchange, and after a change: who trains what, and so what lies where."""
         if not self._agreed:
             self._open_cycle()
-            all_of_them = self.gradients
-            trained, sparse = agree_on_trained(
-                self.engine, self.lane, all_of_them.names, all_of_them.params, all_of_them.sparse
-            )
-            all_of_them.sparse = sparse
+            found = self.gradients
+            trained, sparse = agree_on_trained(self.engine, self.lane, found.names, found.params, found.sparse)
+            found.sparse = sparse
             # Gradients become ready roughly from the last parameter to the first.
-            self._lay_out([index for index in reversed(range(len(all_of_them.params))) if index in trained - sparse])
+            order = [index for index in reversed(range(len(found.params))) if index in trained - sparse]
+            nbytes = sum(found.params[index].nbytes for index in order)
+            self._options = suited(self.engine, self.lane, self._options, nbytes)
+            self._lay_out(order)
             self._agreed = True
 
     def _open_cycle(self) -> None:

@@ -4,7 +4,9 @@
    "delay MICROSECONDS", "cut PORT", "heal PORT". Ends with its input.
 
    Frames come and go in the units of up to 64 KiB that TCP segmentation offload makes, with their headers for it. Each
-   port serializes what it takes in and what it gives out, at the rate; a sender is held back, and nothing is lost. */
+   port serializes what it takes in and what it gives out, at the rate; a sender is held back, and nothing is lost. A
+   frame takes its turn in what the receiver is given when it begins to leave the sender, not when it is handed over:
+   else an acknowledgement behind data for another host would keep the receiver's link reserved, and idle, until then. */
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <linux/if.h>
@@ -24,16 +26,20 @@ enum { PORTS = 32, FRAME = 66000, OFFLOAD_HEADER = 10, LEAST_FRAME = OFFLOAD_HEA
 
 struct frame {
     struct frame *next;
-    int64_t due;
-    int from, nbytes;
+    int64_t due; /* when it begins to leave its sender, then when it reaches its receiver */
+    int from, to, nbytes;
     char bytes[];
+};
+
+struct queue {
+    struct frame *first, *last;
 };
 
 static struct port {
     int fd, is_cut;
     int64_t sends_until, receives_until; /* when the frames taken so far have passed its two directions */
     long queued;                         /* bytes from it that have not been delivered */
-    struct frame *first, *last;          /* to be delivered to it */
+    struct queue leaving, coming;        /* from it, to be delivered to it; in order of time */
 } ports[PORTS + 1];
 static int count;
 static double bits_per_ns;
@@ -68,36 +74,69 @@ static int open_tap(const char *pid) {
     return fd;
 }
 
+static void append(struct queue *queue, struct frame *frame) {
+    frame->next = NULL;
+    if (queue->last) queue->last->next = frame;
+    else queue->first = frame;
+    queue->last = frame;
+}
+
+static struct frame *pop(struct queue *queue) {
+    struct frame *frame = queue->first;
+    queue->first = frame->next;
+    if (!queue->first) queue->last = NULL;
+    return frame;
+}
+
+static int64_t passing_ns(int nbytes) { return bits_per_ns > 0 ? (int64_t)(nbytes * 8 / bits_per_ns) : 0; }
+
 static void take(int from, int to, const char *bytes, int nbytes) {
-    struct port *source = ports + from, *target = ports + to;
+    struct port *source = ports + from;
     struct frame *frame;
-    int64_t start = now(), took = bits_per_ns > 0 ? (int64_t)(nbytes * 8 / bits_per_ns) : 0;
-    if (source->is_cut || target->is_cut) return;
+    int64_t start = now();
+    if (source->is_cut || ports[to].is_cut) return;
     if (source->sends_until > start) start = source->sends_until;
-    if (target->receives_until > start) start = target->receives_until;
-    source->sends_until = target->receives_until = start + took;
+    source->sends_until = start + passing_ns(nbytes);
     frame = malloc(sizeof *frame + nbytes);
     if (!frame) fail("memory");
-    *frame = (struct frame){.due = start + took + delay_ns, .from = from, .nbytes = nbytes};
+    *frame = (struct frame){.due = start, .from = from, .to = to, .nbytes = nbytes};
     memcpy(frame->bytes, bytes, nbytes);
-    if (target->last) target->last->next = frame;
-    else target->first = frame;
-    target->last = frame;
+    append(&source->leaving, frame);
     source->queued += nbytes;
 }
 
-/* Deliver what is due; returns when the next frame will be. */
+/* What begins to leave takes its turn at the receiver, whoever began first. Returns when the next one will. */
+static int64_t pass_on(void) {
+    for (;;) {
+        struct port *source = NULL, *target;
+        struct frame *frame;
+        int64_t start;
+        for (int from = 1; from <= count; from++)
+            if (ports[from].leaving.first && (!source || ports[from].leaving.first->due < source->leaving.first->due))
+                source = ports + from;
+        if (!source) return INT64_MAX;
+        start = source->leaving.first->due;
+        if (start > now()) return start;
+        frame = pop(&source->leaving);
+        target = ports + frame->to;
+        if (target->receives_until > start) start = target->receives_until;
+        target->receives_until = start + passing_ns(frame->nbytes);
+        frame->due = target->receives_until + delay_ns;
+        append(&target->coming, frame);
+    }
+}
+
+/* Deliver what is due; returns when there will be something to do again. */
 static int64_t deliver(void) {
-    int64_t next = now() + INT64_C(1000000000);
+    int64_t next = now() + INT64_C(1000000000), leaves = pass_on();
+    if (leaves < next) next = leaves;
     for (int to = 1; to <= count; to++) {
         struct port *target = ports + to;
         struct frame *frame;
-        while ((frame = target->first) && frame->due <= now()) {
+        while ((frame = target->coming.first) && frame->due <= now()) {
             if (!target->is_cut && write(target->fd, frame->bytes, frame->nbytes) < 0) perror("a frame was lost");
             ports[frame->from].queued -= frame->nbytes;
-            target->first = frame->next;
-            if (!target->first) target->last = NULL;
-            free(frame);
+            free(pop(&target->coming));
         }
         if (frame && frame->due < next) next = frame->due;
     }

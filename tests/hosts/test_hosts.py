@@ -62,6 +62,17 @@ SETTINGS = """
     for numel in (1, 1000, 1_000_001):
         reduced = mpiddp.allreduce(torch.full((numel,), rank + 1.0), op=mpiddp.Sum)
         assert torch.equal(reduced, torch.full((numel,), 3.0))
+    model = torch.nn.Linear(1000, 1000, bias=False)
+    for shard in (False, True):  # the network between the hosts is measured once
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        optimizer = mpiddp.DistributedOptimizer(optimizer, model.named_parameters(), op=mpiddp.Sum, shard=shard)
+        model(torch.full((1, 1000), rank + 1.0)).sum().backward()
+        if not shard:
+            assert torch.equal(model.weight.grad, torch.full_like(model.weight, 3.0))
+        optimizer.step()
+        optimizer.zero_grad()
+        chosen = mpiddp.allgather(torch.tensor([optimizer._mpiddp_reducer._options.bucket_nbytes]))
+        assert 1 << 20 <= chosen[0] == chosen[1] <= 25 << 20
 """
 
 
@@ -70,6 +81,8 @@ def test_settings_of_the_first_host_hold_everywhere_and_shared_addresses_do_no_h
     two.add_bridge("docker0", "172.17.0.1/16")
     done = hosts.run(two, SETTINGS, env={"MPIDDP_SEGMENT_KB": "64", "MPIDDP_STALL_WARN_S": "7"}, timeout_s=40)
     assert "segment_kb is 64 on rank 0" in done.stderr
+    chosen = [line for line in done.stderr.splitlines() if "between hosts" in line]
+    assert len(chosen) == 2 and "MiB for 4 MiB: " in chosen[0] and chosen[0][-40:] == chosen[1][-40:]
 
 
 @pytest.mark.slow

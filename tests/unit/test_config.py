@@ -15,7 +15,7 @@ def test_defaults_come_from_an_empty_environment() -> None:
 
 def test_values_are_read() -> None:
     config = Config.from_environ({"MPIDDP_BUCKET_MB": "0.5", "MPIDDP_CUDA_AWARE": "1", "MPIDDP_LOG_LEVEL": "debug"})
-    assert (config.bucket_nbytes(2), config.cuda_aware, config.log_level) == (1 << 19, True, "DEBUG")
+    assert (config.bucket_nbytes, config.cuda_aware, config.log_level) == (1 << 19, True, "DEBUG")
 
 
 def test_an_unknown_setting_is_an_error_that_lists_the_known_ones() -> None:
@@ -49,7 +49,6 @@ def test_differences_are_named_with_their_ranks() -> None:
     assert agreement.compare([{"x": 1}] * 4) == {}
 
 
-def test_buckets_are_smaller_between_hosts() -> None:
-    sizes = [Config().bucket_nbytes(hosts) >> 20 for hosts in (1, 2, 4, 8, 100)]
-    assert sizes == [25, 4, 4, 8, 25]
-    assert Config(bucket_mb=3).bucket_nbytes(8) == 3 << 20
+def test_buckets_are_what_the_user_says() -> None:
+    assert Config().bucket_nbytes == 25 << 20
+    assert Config(bucket_mb=3).bucket_nbytes == 3 << 20

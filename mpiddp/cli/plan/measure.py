@@ -9,17 +9,17 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from ...collectives import ReduceOp, select
+from ...collectives import ReduceOp, pairs, select
 from ...runtime import Runtime
 from ...transport.base import Link, Steps
-from .model import Figures, Wire
+from .model import Figures, Wire, calibrated
 
-__all__ = ["Meter", "measure", "neighbours"]
+__all__ = ["Meter", "measure"]
 
 #: Of messages that MPI sends at once, and of those before which it asks. The rate comes from the large ones.
 _SHORT_NBYTES, _LONG_NBYTES, _LARGE_NBYTES = 4 << 10, 128 << 10, 8 << 20
@@ -32,26 +32,8 @@ ROUNDS = 7
 #: What disturbs a message only adds to its time, so that the figure is the lower quartile.
 _MESSAGE_ROUNDS, _UNDISTURBED = 15, 0.25
 
-
-def neighbours(nodes: Sequence[int], rank: int, within: bool, turn: int = 0) -> tuple[int | None, int | None]:
-    """To whom ``rank`` sends and from whom it receives: the rank of its place on another node; in pairs, or where the
-    number of nodes is odd in a ring. With an odd ``turn`` in the other pairs of neighbours: so no pair runs ahead.
-
-    ``within``: another rank of its own node. None where there is no such rank.
-    """
-    members: dict[int, list[int]] = {}
-    for each, node in enumerate(nodes):
-        members.setdefault(node, []).append(each)
-    own = members[nodes[rank]]
-    place = own.index(rank)
-    ring = own if within else [of_node[place] for _, of_node in sorted(members.items()) if place < len(of_node)]
-    if len(ring) == 1:
-        return None, None
-    at = ring.index(rank)
-    if len(ring) % 2 == 0:
-        partner = ring[at ^ 1 if turn % 2 == 0 else (((at + 1) ^ 1) - 1) % len(ring)]
-        return partner, partner
-    return ring[(at + 1) % len(ring)], ring[at - 1]
+#: Small all-reduces take longer while the system has two ranks on one core: for seconds, at times.
+_SHORT_ROUNDS = 60
 
 
 class Meter:
@@ -103,19 +85,12 @@ class Meter:
 
     def _message(self, nbytes: int, segment_nbytes: int, within: bool, launches: int) -> float:
         """Seconds of a message out and one in at the same time, cut into segments."""
-        partners = [neighbours(self.world.nodes, self.world.rank, within, turn) for turn in range(2)]
+        partners = [pairs.neighbours(self.world.nodes, self.world.rank, within, turn) for turn in range(2)]
         turns = itertools.cycle(partners)
         source, target = (torch.ones(nbytes, dtype=torch.uint8) for _ in range(2))
-        pieces = [(lo, min(nbytes, lo + segment_nbytes)) for lo in range(0, nbytes, segment_nbytes)]
 
         def start(link: Link, tag: int) -> Steps:
-            out, back = next(turns)
-            sent, received = link.open(source), link.open(target)
-            transfers = [received.recv(lo, hi, back, tag) for lo, hi in pieces] if back is not None else []
-            transfers += [sent.send(lo, hi, out, tag) for lo, hi in pieces] if out is not None else []
-            for number, pending in enumerate(transfers):
-                while not pending():
-                    yield number
+            return pairs.exchange(link, source, target, next(turns), segment_nbytes, tag)
 
         return self.seconds(start, launches, _MESSAGE_ROUNDS, _UNDISTURBED)
 
@@ -150,4 +125,9 @@ def measure(meter: Meter, dtype: torch.dtype, segment_nbytes: int) -> Figures:
         byte_s = max(0.0, (large - small) / (_NODE_NBYTES[1] - _NODE_NBYTES[0]))
         alpha = max(0.0, small - _NODE_NBYTES[0] * byte_s)
     add_byte_s = meter.addition(dtype, segment_nbytes)
-    return Figures(meter.world.local_size, network, within, alpha, byte_s, add_byte_s, segment_nbytes)
+    found = Figures(meter.world.local_size, network, within, alpha, byte_s, add_byte_s, segment_nbytes)
+    if is_one:
+        return found
+    flat = torch.ones(_SHORT_NBYTES // dtype.itemsize, dtype=dtype)
+    seconds = meter.allreduce(flat, segment_nbytes, 32, _SHORT_ROUNDS)
+    return calibrated(max(nodes) + 1, _SHORT_NBYTES, seconds, found)

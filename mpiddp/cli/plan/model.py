@@ -11,11 +11,21 @@ And the ring cuts chunks into segments: from two segments a chunk on, the latenc
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from ...collectives import hierarchical, select
+from ...collectives import hierarchical, ring, select
 
-__all__ = ["Figures", "Wire", "allreduce", "buckets", "doubling_s", "exposed_s", "hierarchical_s", "ring_s"]
+__all__ = [
+    "Figures",
+    "Wire",
+    "allreduce",
+    "buckets",
+    "calibrated",
+    "doubling_s",
+    "exposed_s",
+    "hierarchical_s",
+    "ring_s",
+]
 
 #: Up to here MPI sends without asking (Open MPI's default over TCP).
 SHORT_NBYTES = 64 << 10
@@ -61,14 +71,18 @@ class Figures:
 def ring_s(size: int, nbytes: float, wire: Wire, add_byte_s: float, segment_nbytes: int) -> float:
     """2(p-1) steps of n/p bytes each, of which half are added: 2(p-1) alpha + 2(p-1)/p n beta + (p-1)/p n gamma.
 
-    A chunk of several segments costs no alpha a step while the network carries the rest of it.
+    A chunk of several segments costs no alpha a step while the network carries the rest of it; what remains is that of
+    the last one, which nothing hides.
     """
     if size == 1:
         return 0.0
     chunk = nbytes / size
-    segments = max(1, -(-chunk // segment_nbytes))
-    step = max(chunk * wire.byte_s, wire.message_s(chunk / segments))
-    return 2 * (size - 1) * step + (size - 1) * chunk * add_byte_s
+    segments = ring.segments_of(chunk, segment_nbytes)
+    one = wire.message_s(chunk / segments)
+    step, last = max(chunk * wire.byte_s, one), 0.0
+    if segments > 1:
+        last = one - chunk / segments * wire.byte_s
+    return 2 * (size - 1) * step + last + (size - 1) * chunk * add_byte_s
 
 
 def doubling_s(nodes: int, nbytes: float, figures: Figures) -> float:
@@ -85,6 +99,20 @@ def doubling_s(nodes: int, nbytes: float, figures: Figures) -> float:
         fold = figures.within if local % 2 == 0 else figures.network
         seconds += 2 * fold.message_s(nbytes) + nbytes * figures.add_byte_s
     return seconds
+
+
+def calibrated(nodes: int, nbytes: float, seconds: float, figures: Figures) -> Figures:
+    """``figures`` with the latency of short messages by which ``doubling_s`` is what was measured on so many nodes.
+
+    A step of doubling takes longer than a message between a pair of ranks: each waits for the latest of all before it.
+    """
+
+    def with_latency(short_s: float) -> Figures:
+        return replace(figures, network=replace(figures.network, short_s=short_s))
+
+    rest = doubling_s(nodes, nbytes, with_latency(0.0))
+    steps = doubling_s(nodes, nbytes, with_latency(1.0)) - rest
+    return with_latency(max(0.0, seconds - rest) / steps)
 
 
 def hierarchical_s(nodes: int, nbytes: float, figures: Figures) -> float:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from ... import runtime
 from ...config import Config
 from ...dtypes import BY_NAME
+from ...optimizer.network import Network, bucket_nbytes
 from ..bench.models import LOCAL, MODELS, Training, parameter_count
 from ..bench.place import Place, arrive, leave, say
 from ..bench.sizes import size_text
@@ -85,7 +86,11 @@ def _work(arguments: Namespace, itemsize: int, place: Place) -> Work:
 
 def row(nodes: int, figures: Figures, work: Work, config: Config, wanted: str = "") -> Row:
     """One number of nodes. ``efficiency`` is the local step over the whole one, each rank's batch staying as it is."""
-    sizes = buckets(work.nbytes, config.first_bucket_nbytes, config.bucket_nbytes(nodes))
+    nbytes = config.bucket_nbytes
+    if config.bucket_mb is None and nodes > 1:
+        network = Network(figures.network.short_s, figures.network.byte_s)
+        nbytes = bucket_nbytes(network, nodes, figures.local_size, work.nbytes)
+    sizes = buckets(work.nbytes, config.first_bucket_nbytes, nbytes)
     found = [allreduce(nodes, nbytes, figures, wanted) for nbytes in sizes]
     seconds = [each for _, each in found]
     largest = max(range(len(sizes)), key=sizes.__getitem__)
