@@ -59,7 +59,7 @@ def test_only_the_first_rank_speaks(capsys: pytest.CaptureFixture[str], monkeypa
         (["--dtype", "bool"], "there are bfloat16, complex128"),
         (["--rounds", "0"], "'0' is not a positive number"),
         (["--rounds", "1.5"], "'1.5' is not a whole number"),
-        (["--rounds", "inf"], "'inf' is not a whole number"),
+        (["--rounds", "inf"], "'inf' is not a positive number"),
         (["--models", "bert"], "bert: no such model; there are mlp, gpt, small"),
         (["--train", "--memory", "mpiddp"], "not allowed with"),
         (["--train", "--plot", "x.png"], "--plot draws all-reduces"),

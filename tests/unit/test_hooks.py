@@ -6,7 +6,7 @@ import threading
 import weakref
 from typing import Any
 
-from mpiddp.optimizer.reducer import _caller
+from mpiddp.optimizer.callers import caller
 
 
 class Owner:
@@ -30,7 +30,7 @@ def test_one_at_a_time_and_none_when_the_owner_is_gone() -> None:
     """Autograd has a thread for each device."""
     owner = Owner()
     this: Any = weakref.ref(owner)
-    hook = _caller(this, 7)
+    hook = caller(this, 7, "gradient_came")
     hook()
     assert owner.came == [7] and owner.turn.acquire(blocking=False)
     del owner

@@ -71,7 +71,7 @@ def test_a_tensor_that_groups_share_travels_once_and_one_that_they_do_not_lands_
 
 def test_parameters_are_called_by_their_names_where_the_optimizer_knows_them():
     def outline(shape: tuple[int, ...]) -> _Outline:
-        return _Outline("Adam", [[shape]], [["head.weight"]])
+        return _Outline("Adam", [[shape]], [["head.weight"]], in_pieces=False)
 
     assert _problem(outline((2,)), outline((2,)), 0) is None
     assert _problem(outline((2,)), outline((3,)), 1) == "head.weight of group 0 has shape (2,) here and (3,) on rank 1"
