@@ -123,15 +123,16 @@ def _mpirun(args: argparse.Namespace, variables: list[str]) -> list[str]:
         return start
     start[-1] += " &"
     return [
+        "# Slurm signals this shell alone, and mpirun hands the signal on to the ranks. It also interrupts `wait`,",
+        "# which is then called again; 127 says that what it told before was the end.",
+        "launcher= status=",
+        f"""trap 'signalled=yes; kill -{args.signal} "$launcher" || true' {args.signal}""",
         *start,
         "launcher=$!",
-        "# Slurm signals this shell alone, and mpirun hands the signal on to the ranks. It also interrupts `wait`,",
-        "# which is then called again.",
-        f"""trap 'signalled=yes; kill -{args.signal} "$launcher" || true' {args.signal}""",
         "while true; do",
         "    signalled=",
-        "    status=0",
-        '    wait "$launcher" || status=$?',
+        '    wait "$launcher" && told=0 || told=$?',
+        "    if [[ $told != 127 || ! $status ]]; then status=$told; fi",
         "    [[ $signalled ]] || break",
         "done",
         'exit "$status"',
