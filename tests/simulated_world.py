@@ -125,6 +125,8 @@ class World:
     def submit(self, rank: int, channel: Channel, request: Request) -> Request:
         engine = self.engines[rank]
         engine.last_push_s = math.inf  # submitting pushes by the clock; here the seed alone decides
+        if request.meets and self.network.random.random() < 0.5:
+            return engine.meet(channel, request)
         return engine.submit(channel, request)
 
     def allreduce(self, rank: int, key: str | int, values: list[float], op: ReduceOp = ReduceOp.SUM) -> Handle:

@@ -30,6 +30,10 @@ class Blocks(Protocol):
         """A 1-D tensor as the other methods take it; the same memory."""
         ...
 
+    def seen(self, content: np.ndarray[Any, Any]) -> _Flat:
+        """The bytes of a peer's, alike."""
+        ...
+
     def split(self, flat: _Flat, numel: int) -> Sequence[_Flat]:
         """All of it in blocks of so many elements, the last one maybe shorter."""
         ...
@@ -64,6 +68,9 @@ class _Arrays:
     def flat(self, tensor: torch.Tensor) -> _Flat:
         return tensor.numpy()
 
+    def seen(self, content: np.ndarray[Any, Any]) -> _Flat:
+        return content.view(self.reduce.dtype)
+
     def split(self, flat: _Flat, numel: int) -> Sequence[_Flat]:
         return [flat[at : at + numel] for at in range(0, len(flat), numel)]
 
@@ -79,14 +86,18 @@ class _Arrays:
 
 
 class _Tensors:
-    __slots__ = ("first", "reduce")
+    __slots__ = ("_dtype", "first", "reduce")
 
     def __init__(self, dtype: torch.dtype, op: ReduceOp, scale: float, first: float, size: int, numel: int) -> None:
         self.first = first
+        self._dtype = dtype
         self.reduce = Reduction(op, dtype, scale / first, size, numel)
 
     def flat(self, tensor: torch.Tensor) -> _Flat:
         return tensor
+
+    def seen(self, content: np.ndarray[Any, Any]) -> _Flat:
+        return torch.from_numpy(content).view(self._dtype)
 
     def split(self, flat: _Flat, numel: int) -> Sequence[_Flat]:
         return torch.unsafe_split(flat, numel) if len(flat) else ()

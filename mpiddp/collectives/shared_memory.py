@@ -102,7 +102,7 @@ def _small(session: Session, flat: torch.Tensor, blocks: Blocks) -> Steps:
     session.count(STAGED, 1)
     yield from session.wait(STAGED, 1)
     parts = [
-        own if member == session.rank else blocks.flat(session.peer_stage(member, flat.nbytes).view(flat.dtype))
+        own if member == session.rank else blocks.seen(session.staged(member, flat.nbytes))
         for member in range(session.size)
     ]
     blocks.reduce(parts, whole)
@@ -127,8 +127,11 @@ def _large(session: Session, flat: torch.Tensor, blocks: Callable[[float], Block
 def _in_place(session: Session, flat: torch.Tensor, blocks: Blocks) -> Steps:
     rank, peers, numel = session.rank, session.peers, block_numel(BLOCK_NBYTES, flat)
     lo, hi = aligned_cut(flat.numel(), session.size, flat.element_size())[rank]
-    tensors = [flat if member == rank else session.tensor(member, flat) for member in range(session.size)]
-    pieces = zip(*(blocks.split(blocks.flat(tensor)[lo:hi], numel) for tensor in tensors), strict=True)
+    wholes = [
+        blocks.flat(flat) if member == rank else blocks.seen(session.content(member, flat.nbytes))
+        for member in range(session.size)
+    ]
+    pieces = zip(*[blocks.split(whole[lo:hi], numel) for whole in wholes], strict=True)
     turn = _TURN_NBYTES // BLOCK_NBYTES
     for number, parts in enumerate(pieces):
         own = parts[rank]
@@ -147,7 +150,7 @@ def _direct(session: Session, flat: torch.Tensor, blocks: Blocks, stage: torch.T
     What has been staged is reduced first, while it is in the cache; only who would wait stages ahead.
     """
     pieces, rank, depth = blocks.split(blocks.flat(flat), numel), session.rank, DEPTH
-    own = _rooms(blocks, stage, flat, numel)
+    own = _rooms(blocks, blocks.flat(stage.view(flat.dtype)), flat, numel)
     rooms: list[_Rooms] = []
     staged = taken = 0
     while taken < len(pieces):
@@ -171,7 +174,7 @@ def _direct(session: Session, flat: torch.Tensor, blocks: Blocks, stage: torch.T
 def _chunked(session: Session, flat: torch.Tensor, blocks: Blocks, stage: torch.Tensor, numel: int) -> Steps:
     """As :func:`_direct`, but each rank reduces its part of each block only, in its own staging buffer."""
     pieces, rank, depth = blocks.split(blocks.flat(flat), numel), session.rank, DEPTH
-    own = _rooms(blocks, stage, flat, numel)
+    own = _rooms(blocks, blocks.flat(stage.view(flat.dtype)), flat, numel)
     rooms: list[_Rooms] = []
     staged = reduced = taken = 0
     while taken < len(pieces):
@@ -205,12 +208,11 @@ def _is_free(session: Session, number: int, depth: int) -> bool:
 _Rooms = Callable[[int], Any]
 
 
-def _rooms(blocks: Blocks, stage: torch.Tensor, flat: torch.Tensor, numel: int) -> _Rooms:
+def _rooms(blocks: Blocks, stage: Any, flat: torch.Tensor, numel: int) -> _Rooms:
     """Where in a staging buffer a block of so many elements of ``flat`` has its place."""
     number_of_blocks = -(-flat.numel() // numel)
     last = number_of_blocks - 1
-    room = blocks.flat(stage.view(flat.dtype))[: numel * min(DEPTH, number_of_blocks)]
-    places = blocks.split(room, numel)
+    places = blocks.split(stage[: numel * min(DEPTH, number_of_blocks)], numel)
     place_of_last = places[last % DEPTH][: flat.numel() - last * numel]
     return lambda number: places[number % DEPTH] if number < last else place_of_last
 
@@ -218,7 +220,10 @@ def _rooms(blocks: Blocks, stage: torch.Tensor, flat: torch.Tensor, numel: int) 
 def _all_rooms(session: Session, blocks: Blocks, stage: torch.Tensor, flat: torch.Tensor, numel: int) -> list[_Rooms]:
     """Every member's, once all peers have staged something."""
     stages = [
-        stage if member == session.rank else session.peer_stage(member, stage.nbytes) for member in range(session.size)
+        blocks.flat(stage.view(flat.dtype))
+        if member == session.rank
+        else blocks.seen(session.staged(member, stage.nbytes))
+        for member in range(session.size)
     ]
     return [_rooms(blocks, each, flat, numel) for each in stages]
 

@@ -149,7 +149,7 @@ class Channel:
             if running.gathering is not None and not self.departures.coordinator_gone:
                 running.gathering.announce()
 
-    def _may_meet(self) -> bool:
+    def may_meet(self) -> bool:
         """Whether nobody is absent, and no timeline or profiler is to show what happens."""
         return not (self.somebody_joined or self.departures.left or trace.is_watched())
 
@@ -159,7 +159,7 @@ class Channel:
             request = self.submitted.popleft()
             if self.departures.coordinator_gone:
                 request.fail(self.departures.without_coordinator(request))
-            elif request.meets and self._may_meet() and meet(self, request):
+            elif request.meets and meet(self, request):
                 continue
             else:
                 if request.signature.kind == Kind.JOIN:

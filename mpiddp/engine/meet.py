@@ -73,15 +73,27 @@ class Gathering:
             channel.member.withdraw(self._number)
 
 
-def meet(channel: Channel, request: Request) -> bool:
-    """Start to meet the others; False where it has to be announced."""
+def meet(channel: Channel, request: Request, patience: int = 0) -> bool:
+    """Start to meet the others; False where it has to be announced.
+
+    It goes on here until nothing has moved for ``patience`` looks, and then is one of those that run.
+    """
+    if not channel.may_meet():
+        return False
     node, key = channel.link.node, request.key
     assert node is not None and isinstance(key, int)
     meeting = node.meet(key, _fingerprint(request.signature))
     if meeting is None:
         return False
     gathering = Gathering(channel, request, meeting)
-    channel.running.append(Running([request], gathering.steps(), gathering=gathering))
+    running = Running([request], gathering.steps(), gathering=gathering)
+    looks = 0
+    while looks < patience:
+        state = running.resume()
+        if state:
+            return True
+        looks = looks + 1 if state is False else 0
+    channel.running.append(running)
     return True
 
 

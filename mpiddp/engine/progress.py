@@ -19,6 +19,7 @@ from ..uncompiled import uncompiled
 from .channel import Channel
 from .ladder import BETWEEN_HOSTS_S, ON_A_NODE_S, SPINS, longest_sleep_s, renewed_yield_s
 from .liveness import Liveness
+from .meet import meet
 from .neutral import is_neutral, without_modes
 from .presence import COMPUTING, WAITING, Presence
 from .request import Handle, Request
@@ -31,6 +32,9 @@ _ATTEMPT_S = 0.0002
 
 #: Who submits pushes, too, when nobody has for so long; what is submitted in between is announced, and fused, together.
 _SUBMITTING_S = 0.001
+
+#: Looks for the others before one waits for them as for anything else.
+_PATIENCE = 4
 
 _T = TypeVar("_T")
 
@@ -93,6 +97,35 @@ class Engine:
         # A caller that submits again and again pushes now and then, so that the liveness thread need not.
         if now - self.last_push_s > _SUBMITTING_S:
             self.push()
+        return request
+
+    @uncompiled
+    def meet(self, channel: Channel, request: Request) -> Request:
+        """:meth:`submit` of what is waited for at once, and for which the members may meet. Where nothing else is in
+        flight it is begun here, and where the others are there already it is done when this returns."""
+        if (
+            self._stopped is not None
+            or not (self._may_any_thread or threading.get_ident() == self._main_thread)
+            or not is_neutral()
+            or self.pending()
+            or not self._lock.acquire(blocking=False)
+        ):
+            return self.submit(channel, request)
+        request.where = channel.where
+        self._owner = threading.get_ident()
+        try:
+            is_begun = meet(channel, request, _PATIENCE)
+        finally:
+            self._owner = None
+            self.last_push_s = now = time.monotonic()
+            self.presence.submitted(request.key, request.signature.kind, now)
+            self.presence.push_ends(now)
+            self._lock.release()
+        if not is_begun:
+            return self.submit(channel, request)
+        if not request.done and self._liveness is not None:
+            self._liveness.wake()
+        self._after_push()
         return request
 
     def wake(self) -> None:

@@ -12,6 +12,7 @@ import threading
 from collections import OrderedDict, deque
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..log import logger
@@ -40,7 +41,7 @@ class NodeMemory:
         self._freed: deque[int] = deque()  # own segments that the log does not tell of yet
         self._writing = threading.Lock()
         self._seen = [0] * size
-        self._mapped: list[OrderedDict[int, torch.Tensor]] = [OrderedDict() for _ in range(size)]
+        self._mapped: list[OrderedDict[int, np.ndarray[Any, Any]]] = [OrderedDict() for _ in range(size)]
 
     @classmethod
     def over(cls, comm: Any) -> NodeMemory:
@@ -71,9 +72,13 @@ class NodeMemory:
         return isinstance(self._files, MemoryFiles)
 
     def tensor(self, rank: int, place: Place, nbytes: int) -> torch.Tensor:
+        """:meth:`content` as a tensor. Cost: 1 us more."""
+        return torch.from_numpy(self.content(rank, place, nbytes))
+
+    def content(self, rank: int, place: Place, nbytes: int) -> np.ndarray[Any, Any]:
         """So many bytes at ``place``. ``rank`` is its owner's among the node's.
 
-        OSError where it cannot be mapped. Cost: 2 us, and where it was not mapped yet 20 us and the page faults.
+        OSError where it cannot be mapped. Cost: 0.5 us, and where it was not mapped yet 20 us and the page faults.
         """
         number, pid, fd, of_segment, offset = place
         mapped = self._mapped[rank]
@@ -81,7 +86,7 @@ class NodeMemory:
         if whole is None:
             assert self._files is not None
             self._drop_freed(rank)
-            whole = torch.frombuffer(open_and_map(self._files.path(pid, fd, number), of_segment), dtype=torch.uint8)
+            whole = np.frombuffer(open_and_map(self._files.path(pid, fd, number), of_segment), dtype=np.uint8)
             mapped[number] = whole
             if len(mapped) > _MOST_MAPPINGS:
                 mapped.popitem(last=False)

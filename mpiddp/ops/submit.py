@@ -157,7 +157,8 @@ def submit(
         request.passage = channel.link.ways.devices.depart(flat)
     if isinstance(key, str):
         channel.names[key] = request
-    return runtime.current().engine.submit(channel, request)
+    engine = runtime.current().engine
+    return engine.meet(channel, request) if meets else engine.submit(channel, request)
 
 
 def _remember(described: Any) -> Signature:

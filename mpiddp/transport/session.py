@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from .steps import Steps
@@ -116,7 +117,11 @@ class Session:
 
     def tensor(self, peer: int, like: torch.Tensor) -> torch.Tensor:
         """A peer's tensor, of the dtype and the length of ``like``."""
-        return self._read_place(_TENSOR, peer, like.nbytes).view(like.dtype)
+        return torch.from_numpy(self.content(peer, like.nbytes)).view(like.dtype)
+
+    def content(self, peer: int, nbytes: int) -> np.ndarray[Any, Any]:
+        """A peer's tensor, or the beginning of it, as bytes."""
+        return self._read_place(_TENSOR, peer, nbytes)
 
     def stage(self, nbytes: int) -> torch.Tensor:
         """A staging buffer of this member's own, as bytes, to be read after STAGED is counted."""
@@ -127,13 +132,17 @@ class Session:
 
     def peer_stage(self, peer: int, nbytes: int) -> torch.Tensor:
         """A peer's staging buffer, or the beginning of it."""
+        return torch.from_numpy(self.staged(peer, nbytes))
+
+    def staged(self, peer: int, nbytes: int) -> np.ndarray[Any, Any]:
+        """:meth:`peer_stage` as an array."""
         return self._read_place(_STAGE, peer, nbytes)
 
-    def _read_place(self, field: int, peer: int, nbytes: int) -> torch.Tensor:
+    def _read_place(self, field: int, peer: int, nbytes: int) -> np.ndarray[Any, Any]:
         at = self._slot.at + peer * WORDS + field
         number, owner, of_segment, offset = self._words[at : at + 4].tolist()
         place = number, owner >> 32, owner & 0xFFFFFFFF, of_segment, offset
-        return self._node.memory.tensor(self._node.local_ranks[peer], place, nbytes)
+        return self._node.memory.content(self._node.local_ranks[peer], place, nbytes)
 
 
 class Meeting(Session):
