@@ -162,7 +162,7 @@ class Channel:
             elif request.meets and meet(self, request):
                 continue
             else:
-                if request.signature.kind == Kind.JOIN:
+                if self.running and request.signature.kind == Kind.JOIN:
                     self._announce_all()
                 self.member.submit(request)
         return True

@@ -86,7 +86,7 @@ class Coordinator:
         number, index, automatic, extent, payload = item
         name, signature = table[index]
         key = automatic if name is None else name
-        if (self._awaited or self._groups.failed) and self._answer_late(member, key, number, signature):
+        if (self._awaited.of or self._groups.failed) and self._answer_late(member, key, number, signature):
             return  # although others may have submitted the name anew
         record = self.announced.get(key)
         if record is None:

@@ -92,7 +92,7 @@ def test_what_one_rank_cannot_submit_is_an_error_on_the_others(size: int, group:
         world.run(again)
         assert all(handle.error is None for handle in again)
         coordinator = world.channels[0].coordinator
-        assert coordinator is not None and not coordinator._awaited and not coordinator._groups
+        assert coordinator is not None and not coordinator._awaited.of and not coordinator._groups
 
 
 def test_messages_per_request_are_bounded() -> None:
