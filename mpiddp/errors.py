@@ -48,8 +48,7 @@ class ConfigError(MpiddpError, ValueError):
 
 
 class ArgumentError(MpiddpError, ValueError):
-    """An argument that cannot be used, found on this rank before anything was sent. The other ranks that call the same
-    operation get a CollectiveError, as for a TypeError."""
+    """An argument that cannot be used, found on this rank before anything was sent."""
 
 
 class CheckpointError(MpiddpError):

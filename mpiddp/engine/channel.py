@@ -26,10 +26,10 @@ from .member import Member, Run
 from .mismatch import ERRORS
 from .notices import heed
 from .presence import Presence
-from .request import Handle, Key, Kind, Request
+from .request import Handle, Kind, Request
 from .running import Running
 from .starting import Starting
-from .wire import GONE, LEFT, REFUSED, pack, unpack
+from .wire import GONE, LEFT, pack, unpack
 
 __all__ = ["Channel"]
 
@@ -95,22 +95,6 @@ class Channel:
         """Send a notice with the next push."""
         self.member.notice(*notice)
         self.wake()
-
-    def refuse(self, kind: Kind, name: Key | None, error: Exception) -> None:
-        """An operation could not be submitted here: the other members' fails, too. A call without a name counts."""
-        if name is None:
-            self.unnamed += 1
-            name = self.unnamed
-        if self.link.size == 1:
-            return
-        what = (
-            f"unnamed {kind.name.lower()} number {name}"
-            if isinstance(name, int)
-            else f"{kind.name.lower()} of {name!r}"
-        )
-        rank = self.ranks[self.link.rank]
-        text = f"{what}: rank {rank} could not submit it: {type(error).__name__}: {error}"
-        self.tell_coordinator(REFUSED, name, text)
 
     # -- one round -----------------------------------------------------------------------------------------------------
 

@@ -11,14 +11,13 @@ from itertools import groupby
 from typing import Any
 
 from .. import trace
-from ..errors import CollectiveError, StallError
-from .awaited import Awaited
+from ..errors import StallError
 from .bucket import fuse
 from .groups import Announced, Groups
 from .mismatch import problem
 from .request import Key, Kind, Signature, automatic_name
 from .run_lists import RunLists
-from .wire import ALL_LEFT, CYCLE, JOINED, LEFT, MET, NEWS, REFUSED, RESET, RUN
+from .wire import ALL_LEFT, CYCLE, JOINED, LEFT, MET, NEWS, RESET, RUN
 
 __all__ = ["Coordinator"]
 
@@ -34,7 +33,7 @@ class Coordinator:
         self.left: dict[int, int] = {}
         self.heard = 0  # messages so far
         self.news: dict[str, Callable[..., None]] = {}  # who hears what members tell, by topic; else all members do
-        self._awaited = Awaited()
+        self._given_up: dict[Key, tuple[set[int], str]] = {}  # who has still to be told, and what
         self._fusion_nbytes = fusion_nbytes
         self._tables: list[list[tuple[str | None, Signature]]] = [[] for _ in ranks]
         self._known: dict[Signature, Signature] = {}
@@ -62,8 +61,6 @@ class Coordinator:
                 self._pass_on(member, item)
             elif item[0] == MET:
                 self.announced.pop(item[1], None)
-            elif item[0] == REFUSED:
-                self._refused(member, item[1], item[2])
 
     def _pass_on(self, member: int, item: tuple[Any, ...]) -> None:
         if item[1] in self.news:
@@ -86,7 +83,7 @@ class Coordinator:
         number, index, automatic, extent, payload = item
         name, signature = table[index]
         key = automatic if name is None else name
-        if (self._awaited.of or self._groups.failed) and self._answer_late(member, key, number, signature):
+        if (self._given_up or self._groups.failed) and self._answer_late(member, key, number, signature):
             return  # although others may have submitted the name anew
         record = self.announced.get(key)
         if record is None:
@@ -107,7 +104,6 @@ class Coordinator:
             record.payloads[member] = payload
         if signature.kind == Kind.JOIN:
             self.joined[member] = extent[0]
-            self._awaited.forget(member)
             self._just_joined.append(member)
             self._fail_joins()
         elif self.joined or self.left:
@@ -147,9 +143,6 @@ class Coordinator:
         """``record`` cannot run, and so nothing of its group does."""
         error = problem(key, record, self.ranks, self.left)
         assert error is not None
-        return self._doom(key, record, error)
-
-    def _doom(self, key: Key, record: Announced, error: tuple[str, str]) -> list[tuple[Key, Announced]]:
         doomed = self._groups.fail(key, record, error, self.announced)
         for other, entry in doomed:
             entry.error = error
@@ -162,32 +155,23 @@ class Coordinator:
             record = self.announced.pop(key, None)
             if record is not None:
                 self._run([record], (StallError.__name__, text))
-                self._awaited.add(key, set(range(self.size)) - record.numbers.keys(), (StallError.__name__, text))
+                self._given_up[key] = set(range(self.size)) - record.numbers.keys(), text
                 if record.signature.kind == Kind.JOIN:
                     self._forget_joined(record)
 
     def _answer_late(self, member: int, key: Key, number: int, signature: Signature) -> bool:
         error = self._groups.late(member, key, signature)
-        if error is None:
-            late = self._awaited.take(member, key)
-            if late is None:
-                return False
-            error, is_of_group = late
-            if is_of_group:
-                self._groups.fail_rest(member, key, signature, error)
-        self._lists.tell(member, RUN, [number], [], error, None)
+        if error is not None:
+            self._lists.tell(member, RUN, [number], [], error, None)
+            return True
+        awaited, text = self._given_up.get(key, (set(), ""))
+        if member not in awaited:
+            return False
+        self._lists.tell(member, RUN, [number], [], (StallError.__name__, text), None)
+        awaited.remove(member)
+        if not awaited:
+            del self._given_up[key]
         return True
-
-    def _refused(self, member: int, key: Key, text: str) -> None:
-        """``member`` could not submit ``key``, the first of its group, and has told its caller so."""
-        if self._awaited.take(member, key) is not None:
-            return
-        error, came = (CollectiveError.__name__, text), {member, *self.joined, *self.left}
-        record = self.announced.get(key)
-        if record is not None:
-            came |= record.numbers.keys()
-            self._ready += self._doom(key, record, error)
-        self._awaited.add(key, set(range(self.size)) - came, error, whole_group=True)
 
     @property
     def _absent(self) -> bool:

@@ -88,12 +88,6 @@ class Groups:
         self.failed.update({place: (count, error) for place, count in to_come.items() if count})
         return list(doomed.items())
 
-    def fail_rest(self, member: int, key: Key, signature: Signature, error: _Error) -> None:
-        """``member`` has submitted ``key``, the first of its group, which has failed: so does what is to come of it."""
-        name = group_of(key, signature)
-        if name is not None and _size(signature) > 1:
-            self.failed[name, member] = _size(signature) - 1, error
-
     def late(self, member: int, key: Key, signature: Signature) -> _Error | None:
         """The error of a request whose group has failed already."""
         name = group_of(key, signature) if self.failed else None

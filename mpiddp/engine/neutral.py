@@ -3,13 +3,16 @@ outside."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import TypeVar
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-__all__ = ["is_neutral", "without_modes"]
+__all__ = ["apart_from_modes", "is_neutral", "without_modes"]
+
+_T = TypeVar("_T")
 
 _inference, _autocast = torch.is_inference_mode_enabled, torch._C._is_any_autocast_enabled
 _dispatch, _function = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
@@ -21,6 +24,12 @@ def is_neutral() -> bool:
     Gradients need no guard: no tensor of an exchange requires grad.
     """
     return not (_inference() or _autocast() or _dispatch() or _function())
+
+
+def apart_from_modes(call: Callable[[], _T]) -> _T:
+    """``call()`` without any of these modes."""
+    with without_modes():
+        return call()
 
 
 @contextmanager

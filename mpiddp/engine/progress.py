@@ -20,7 +20,7 @@ from .channel import Channel
 from .ladder import BETWEEN_HOSTS_S, ON_A_NODE_S, SPINS, longest_sleep_s, renewed_yield_s
 from .liveness import Liveness
 from .meet import meet
-from .neutral import is_neutral, without_modes
+from .neutral import apart_from_modes, is_neutral
 from .presence import COMPUTING, WAITING, Presence
 from .request import Handle, Request
 from .stall import StallCheck
@@ -116,13 +116,10 @@ class Engine:
         try:
             is_begun = meet(channel, request, _PATIENCE)
         finally:
-            self._owner = None
-            self.last_push_s = now = time.monotonic()
-            self.presence.submitted(request.key, request.signature.kind, now)
-            self.presence.push_ends(now)
-            self._lock.release()
+            now = self._release()
         if not is_begun:
             return self.submit(channel, request)
+        self.presence.submitted(request.key, request.signature.kind, now)
         if not request.done and self._liveness is not None:
             self._liveness.wake()
         self._after_push()
@@ -161,18 +158,23 @@ class Engine:
         self._owner = threading.get_ident()
         self.presence.push_begins()
         try:
-            moved = self._advance() if is_neutral() else self._advance_apart()
+            moved = self._advance() if is_neutral() else apart_from_modes(self._advance)
         finally:
-            self._owner = None
-            self.last_push_s = now = time.monotonic()
-            self.presence.push_ends(now)
-            self._lock.release()
+            now = self._release()
         self._after_push()
         if now >= self._look_at_s and self._stalls is not None:
             self._look_at_s = math.inf  # other threads push meanwhile
             self._stalls.check(now)
             self._look_at_s = self._stalls.next_look_s
         return moved
+
+    def _release(self) -> float:
+        """The end of a push, and when that was."""
+        self._owner = None
+        self.last_push_s = now = time.monotonic()
+        self.presence.push_ends(now)
+        self._lock.release()
+        return now
 
     def listen(self) -> bool:
         """A push that hears what others want of the coordinators here, although nothing of this rank's is in flight."""
@@ -210,10 +212,6 @@ class Engine:
             if channel.advance():
                 moved = True
         return moved
-
-    def _advance_apart(self) -> bool:
-        with without_modes():
-            return self._advance()
 
     @uncompiled
     def wait(self, handle: Handle) -> Any:

@@ -18,7 +18,6 @@ __all__ = [
     "LEFT",
     "MET",
     "NEWS",
-    "REFUSED",
     "RESET",
     "RUN",
     "TABLE_ENTRIES",
@@ -41,7 +40,6 @@ JOINED: Final = -6  # (JOINED, whether anybody has)
 CYCLE: Final = -7  # (CYCLE, lane, number): a member has begun this cycle of a lane, and joined ranks are needed
 NEWS: Final = -8  # (NEWS, topic, ...): what the parts above the negotiation tell each other
 MET: Final = -9  # (MET, key): the members have met, and done what was announced under this key
-REFUSED: Final = -10  # (REFUSED, key, text): a member could not submit it, since its arguments were wrong
 
 
 def pack(message: list[Any]) -> bytes:

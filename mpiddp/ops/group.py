@@ -10,14 +10,14 @@ import torch
 
 from .. import dtypes
 from ..compression import Compression
-from ..engine import Channel, Handle, Key, Kind
+from ..engine import Channel, Handle, Key
 from ..errors import ArgumentError
 from ..op import Average, Op, resolve
 from ..process_set import ProcessSet, global_process_set
 from .move import allgather, gather
 from .reduce import apart, check_op, reduce_into
 from .scatter import check_scatter, scatter, scatter_gradient
-from .submit import MISTAKES, channel_of, claim, dense, refuse, synchronize
+from .submit import channel_of, claim, dense, synchronize
 
 __all__ = [
     "GroupHandle",
@@ -64,7 +64,6 @@ class GroupHandle:
 
 def _submit_group(
     tensors: Sequence[torch.Tensor],
-    kind: Kind,
     what: str,
     name: str | None,
     process_set: ProcessSet,
@@ -72,37 +71,32 @@ def _submit_group(
     submit: Callable[[Channel, torch.Tensor, torch.Tensor, Key, _Group], Handle],
 ) -> GroupHandle:
     """Submit each tensor under the group's name and its place in it, once all are known to be acceptable."""
-    try:
-        channel = channel_of(process_set)
-        own = [dense(tensor, what) for tensor in tensors]
-        if not own:
-            raise ArgumentError(f"{what} takes at least one tensor")
-        for tensor in own:
-            dtypes.check(tensor.dtype)
-            check(tensor)
-    except MISTAKES as error:
-        refuse(kind, name if name is None else f"{name}.0", process_set, error)
-        raise
-    keys = _keys(channel, name, len(own))
+    channel = channel_of(process_set)
+    own = [dense(tensor, what) for tensor in tensors]
+    if not own:
+        raise ArgumentError(f"{what} takes at least one tensor")
+    for tensor in own:
+        dtypes.check(tensor.dtype)
+        check(tensor)
+    keys: list[Key]
+    if name is None:
+        channel.unnamed += 1
+        number = channel.unnamed
+        keys = [number, *((number, place) for place in range(1, len(own)))]
+    else:
+        names = [f"{name}.{place}" for place in range(len(own))]
+        for key in names:
+            claim(channel, key)
+        keys = [*names]
     group = (name or "", len(own))
     return GroupHandle(
         [submit(channel, flat, tensor, key, group) for flat, tensor, key in zip(own, tensors, keys, strict=True)]
     )
 
 
-def _keys(channel: Channel, name: str | None, count: int) -> list[Key]:
-    if name is None:
-        channel.unnamed += 1
-        number = channel.unnamed
-        return [number, *((number, place) for place in range(1, count))]
-    names = [f"{name}.{place}" for place in range(count)]
-    for key in names:
-        claim(channel, key)
-    return [*names]
-
-
 def _check_reduction(op: Op | None, average: bool | None, process_set: ProcessSet) -> Callable[[torch.Tensor], None]:
-    return lambda tensor: check_op(tensor.dtype, resolve(op, average, channel_of(process_set).link.size)[0])
+    reduction, _ = resolve(op, average, channel_of(process_set).link.size)
+    return lambda tensor: check_op(tensor.dtype, reduction)
 
 
 def grouped_allreduce_async(
@@ -121,7 +115,7 @@ def grouped_allreduce_async(
         copy = apart(own)
         return reduce_into(channel, copy, copy, key, op, average, prescale_factor, postscale_factor, group=group)
 
-    return _submit_group(tensors, Kind.ALLREDUCE, "grouped_allreduce", name, process_set, check, submit)
+    return _submit_group(tensors, "grouped_allreduce", name, process_set, check, submit)
 
 
 def grouped_allreduce_async_(
@@ -139,7 +133,7 @@ def grouped_allreduce_async_(
     def submit(channel: Channel, own: torch.Tensor, tensor: torch.Tensor, key: Key, group: _Group) -> Handle:
         return reduce_into(channel, own, tensor, key, op, average, prescale_factor, postscale_factor, group=group)
 
-    return _submit_group(tensors, Kind.ALLREDUCE, "grouped_allreduce_", name, process_set, check, submit)
+    return _submit_group(tensors, "grouped_allreduce_", name, process_set, check, submit)
 
 
 def grouped_allreduce(
@@ -186,7 +180,7 @@ def grouped_allgather_async(
     def submit(channel: Channel, own: torch.Tensor, _: torch.Tensor, key: Key, group: _Group) -> Handle:
         return gather(channel, own, key, group=group)
 
-    return _submit_group(tensors, Kind.ALLGATHER, "grouped_allgather", name, process_set, lambda _: None, submit)
+    return _submit_group(tensors, "grouped_allgather", name, process_set, lambda _: None, submit)
 
 
 def grouped_allgather(
@@ -212,7 +206,7 @@ def grouped_reducescatter_async(
         return scatter(channel, own, key, op, prescale_factor, postscale_factor, group)
 
     check = partial(check_scatter, op=op)
-    return _submit_group(tensors, Kind.REDUCESCATTER, "grouped_reducescatter", name, process_set, check, submit)
+    return _submit_group(tensors, "grouped_reducescatter", name, process_set, check, submit)
 
 
 def grouped_reducescatter(

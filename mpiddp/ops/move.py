@@ -12,7 +12,7 @@ from ..errors import ArgumentError
 from ..op import Average
 from ..process_set import ProcessSet, global_process_set
 from .reduce import allreduce, apart
-from .submit import MISTAKES, channel_of, dense, in_place, refuse, submit, wait_for
+from .submit import channel_of, dense, in_place, submit, wait_for
 
 __all__ = [
     "allgather",
@@ -25,25 +25,21 @@ __all__ = [
 
 
 def _broadcast(
-    tensor: torch.Tensor, what: str, root_rank: int, name: str | None, process_set: ProcessSet, blocking: bool = False
+    result: torch.Tensor,
+    answer: torch.Tensor,
+    root_rank: int,
+    name: str | None,
+    process_set: ProcessSet,
+    blocking: bool,
 ) -> Handle:
-    """Broadcast into ``tensor`` itself where ``what`` ends in an underscore, else into a copy of it."""
-    try:
-        result = dense(tensor, what)
-        answer = tensor
-        if not what.endswith("_"):
-            result = answer = apart(result)
-        channel = channel_of(process_set)
-        if root_rank not in channel.ranks:
-            raise ArgumentError(f"root_rank={root_rank} is no member; the ranks here are {_shown(channel.ranks)}")
-        root, (flat, deliver) = int(root_rank), in_place(result)
-        back = None if deliver is None else lambda content: (deliver(content), answer)[1]
-        return submit(
-            channel, Kind.BROADCAST, result, flat, name, deliver=back, answer=answer, root=root, blocking=blocking
-        )
-    except MISTAKES as error:
-        refuse(Kind.BROADCAST, name, process_set, error)
-        raise
+    channel = channel_of(process_set)
+    if root_rank not in channel.ranks:
+        raise ArgumentError(f"root_rank={root_rank} is no member; the ranks here are {_shown(channel.ranks)}")
+    root, (flat, deliver) = int(root_rank), in_place(result)
+    back = None if deliver is None else lambda content: (deliver(content), answer)[1]
+    return submit(
+        channel, Kind.BROADCAST, result, flat, name, deliver=back, answer=answer, root=root, blocking=blocking
+    )
 
 
 def _shown(ranks: Sequence[int]) -> str:
@@ -54,7 +50,8 @@ def broadcast_async(
     tensor: torch.Tensor, root_rank: int, name: str | None = None, process_set: ProcessSet = global_process_set
 ) -> Handle:
     """:func:`broadcast` that returns a handle at once."""
-    return _broadcast(tensor, "broadcast", root_rank, name, process_set)
+    copy = apart(dense(tensor, "broadcast"))
+    return _broadcast(copy, copy, root_rank, name, process_set, False)
 
 
 def broadcast(
@@ -66,7 +63,8 @@ def broadcast(
     """
     if torch.is_grad_enabled() and isinstance(tensor, torch.Tensor) and tensor.requires_grad:
         return _Broadcast.apply(tensor, root_rank, name, process_set)  # type: ignore[no-any-return,no-untyped-call]
-    result: torch.Tensor = wait_for(_broadcast(tensor, "broadcast", root_rank, name, process_set, True))
+    copy = apart(dense(tensor, "broadcast"))
+    result: torch.Tensor = wait_for(_broadcast(copy, copy, root_rank, name, process_set, True))
     return result
 
 
@@ -74,14 +72,14 @@ def broadcast_async_(
     tensor: torch.Tensor, root_rank: int, name: str | None = None, process_set: ProcessSet = global_process_set
 ) -> Handle:
     """:func:`broadcast_` that returns a handle at once."""
-    return _broadcast(tensor, "broadcast_", root_rank, name, process_set)
+    return _broadcast(dense(tensor, "broadcast_"), tensor, root_rank, name, process_set, False)
 
 
 def broadcast_(
     tensor: torch.Tensor, root_rank: int, name: str | None = None, process_set: ProcessSet = global_process_set
 ) -> torch.Tensor:
     """:func:`broadcast` in place; returns ``tensor``. Not differentiable."""
-    result: torch.Tensor = wait_for(_broadcast(tensor, "broadcast_", root_rank, name, process_set, True))
+    result: torch.Tensor = wait_for(_broadcast(dense(tensor, "broadcast_"), tensor, root_rank, name, process_set, True))
     return result
 
 
@@ -113,19 +111,11 @@ def gather(
     )
 
 
-def _allgather(tensor: torch.Tensor, name: str | None, process_set: ProcessSet, blocking: bool = False) -> Handle:
-    try:
-        return gather(channel_of(process_set), dense(tensor, "allgather"), name, blocking=blocking)
-    except MISTAKES as error:
-        refuse(Kind.ALLGATHER, name, process_set, error)
-        raise
-
-
 def allgather_async(
     tensor: torch.Tensor, name: str | None = None, process_set: ProcessSet = global_process_set
 ) -> Handle:
     """:func:`allgather` that returns a handle at once. The tensor is not to be changed before it is synchronized."""
-    return _allgather(tensor, name, process_set)
+    return gather(channel_of(process_set), dense(tensor, "allgather"), name)
 
 
 def allgather(
@@ -138,7 +128,7 @@ def allgather(
     """
     if torch.is_grad_enabled() and isinstance(tensor, torch.Tensor) and tensor.requires_grad:
         return _Allgather.apply(tensor, name, process_set)  # type: ignore[no-any-return,no-untyped-call]
-    result: torch.Tensor = wait_for(_allgather(tensor, name, process_set, blocking=True))
+    result: torch.Tensor = wait_for(gather(channel_of(process_set), dense(tensor, "allgather"), name, blocking=True))
     return result
 
 

@@ -12,7 +12,7 @@ from ..engine import Channel, Handle, Key, Kind
 from ..errors import ArgumentError
 from ..op import Average, Op, Product, Sum, resolve
 from ..process_set import ProcessSet, global_process_set
-from .submit import MISTAKES, channel_of, dense, in_place, refuse, submit, wait_for
+from .submit import channel_of, dense, in_place, submit, wait_for
 
 __all__ = [
     "all_ranks",
@@ -86,30 +86,6 @@ def apart(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
-def _start(
-    tensor: torch.Tensor,
-    what: str,
-    average: bool | None,
-    name: str | None,
-    op: Op | None,
-    prescale: float,
-    postscale: float,
-    process_set: ProcessSet,
-    blocking: bool = False,
-) -> Handle:
-    """Reduce ``tensor`` itself where ``what`` ends in an underscore, else a copy of it."""
-    try:
-        own = dense(tensor, what)
-        answer = tensor
-        if not what.endswith("_"):
-            own = answer = apart(own)
-        channel = channel_of(process_set)
-        return reduce_into(channel, own, answer, name, op, average, prescale, postscale, blocking=blocking)
-    except MISTAKES as error:
-        refuse(Kind.ALLREDUCE, name, process_set, error)
-        raise
-
-
 def allreduce_async(
     tensor: torch.Tensor,
     average: bool | None = None,
@@ -120,7 +96,8 @@ def allreduce_async(
     process_set: ProcessSet = global_process_set,
 ) -> Handle:
     """:func:`allreduce` that returns a handle at once. The tensor may be changed or freed as soon as this returns."""
-    return _start(tensor, "allreduce", average, name, op, prescale_factor, postscale_factor, process_set)
+    copy = apart(dense(tensor, "allreduce"))
+    return reduce_into(channel_of(process_set), copy, copy, name, op, average, prescale_factor, postscale_factor)
 
 
 def allreduce(
@@ -159,8 +136,10 @@ def _allreduce_now(
     postscale: float,
     process_set: ProcessSet,
 ) -> torch.Tensor:
+    copy = apart(dense(tensor, "allreduce"))
+    channel = channel_of(process_set)
     result: torch.Tensor = wait_for(
-        _start(tensor, "allreduce", average, name, op, prescale, postscale, process_set, blocking=True)
+        reduce_into(channel, copy, copy, name, op, average, prescale, postscale, blocking=True)
     )
     return result
 
@@ -175,7 +154,9 @@ def allreduce_async_(
     process_set: ProcessSet = global_process_set,
 ) -> Handle:
     """:func:`allreduce_` that returns a handle at once. The tensor is not to be touched before it is synchronized."""
-    return _start(tensor, "allreduce_", average, name, op, prescale_factor, postscale_factor, process_set)
+    own = dense(tensor, "allreduce_")
+    channel = channel_of(process_set)
+    return reduce_into(channel, own, tensor, name, op, average, prescale_factor, postscale_factor)
 
 
 def allreduce_(
@@ -188,8 +169,10 @@ def allreduce_(
     process_set: ProcessSet = global_process_set,
 ) -> torch.Tensor:
     """:func:`allreduce` in place; returns ``tensor``. Not differentiable."""
+    own = dense(tensor, "allreduce_")
+    channel = channel_of(process_set)
     result: torch.Tensor = wait_for(
-        _start(tensor, "allreduce_", average, name, op, prescale_factor, postscale_factor, process_set, blocking=True)
+        reduce_into(channel, own, tensor, name, op, average, prescale_factor, postscale_factor, blocking=True)
     )
     return result
 

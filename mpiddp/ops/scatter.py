@@ -14,7 +14,7 @@ from ..op import Adasum, Average, Op, Sum, resolve
 from ..process_set import ProcessSet, global_process_set
 from .move import allgather
 from .reduce import apart, check_op
-from .submit import MISTAKES, channel_of, dense, in_place, refuse, submit, synchronize
+from .submit import channel_of, dense, in_place, submit, synchronize
 
 __all__ = [
     "alltoall",
@@ -53,16 +53,6 @@ def alltoall_async(
     process_set: ProcessSet = global_process_set,
 ) -> Handle:
     """:func:`alltoall` that returns a handle at once."""
-    try:
-        return _start_alltoall(tensor, splits, name, process_set)
-    except MISTAKES as error:
-        refuse(Kind.ALLTOALL, name, process_set, error)
-        raise
-
-
-def _start_alltoall(
-    tensor: torch.Tensor, splits: torch.Tensor | Sequence[int] | None, name: str | None, process_set: ProcessSet
-) -> Handle:
     own, channel = dense(tensor, "alltoall"), channel_of(process_set)
     if own.dim() == 0:
         raise ArgumentError("alltoall takes a tensor with at least one dim, not a scalar")
@@ -140,12 +130,8 @@ def reducescatter_async(
     postscale_factor: float = 1.0,
 ) -> Handle:
     """:func:`reducescatter` that returns a handle at once."""
-    try:
-        own = dense(tensor, "reducescatter")
-        return scatter(channel_of(process_set), own, name, op, prescale_factor, postscale_factor)
-    except MISTAKES as error:
-        refuse(Kind.REDUCESCATTER, name, process_set, error)
-        raise
+    own = dense(tensor, "reducescatter")
+    return scatter(channel_of(process_set), own, name, op, prescale_factor, postscale_factor)
 
 
 def reducescatter(

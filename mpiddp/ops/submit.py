@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -12,22 +11,11 @@ from .. import dtypes, runtime
 from ..collectives.base import ReduceOp
 from ..engine import Channel, Handle, Key, Kind, Request, Signature, may_meet
 from ..engine import eager as eagerly
-from ..errors import ArgumentError, DuplicateNameError, MpiddpError
+from ..errors import ArgumentError, DuplicateNameError
 from ..process_set import ProcessSet, global_process_set
 from ..uncompiled import uncompiled
 
-__all__ = [
-    "MISTAKES",
-    "channel_of",
-    "claim",
-    "dense",
-    "in_place",
-    "poll",
-    "refuse",
-    "submit",
-    "synchronize",
-    "wait_for",
-]
+__all__ = ["channel_of", "claim", "dense", "in_place", "poll", "submit", "synchronize", "wait_for"]
 
 #: Names and signatures are looked through, or forgotten, when there are this many.
 _REMEMBERED = 4096
@@ -48,23 +36,6 @@ def channel_of(process_set: ProcessSet) -> Channel:
             f"{process_set.ranks}); only members may call its collectives"
         )
     return process_set.channel
-
-
-#: What a call raises whose arguments are wrong.
-MISTAKES = (TypeError, ValueError)
-
-
-def refuse(kind: Kind, name: str | None, process_set: ProcessSet, error: Exception) -> None:
-    """``error``, one of :data:`MISTAKES`, kept a call from being submitted: tell the other members, who would wait.
-
-    Nothing is told where the name is in flight here, since what is in flight may still run, or where this process is no
-    member.
-    """
-    if isinstance(error, DuplicateNameError):
-        return
-    with suppress(MpiddpError):
-        channel_of(process_set).refuse(kind, name, error)
-        runtime.current().engine.push()
 
 
 def dense(value: object, what: str) -> torch.Tensor:
@@ -124,8 +95,8 @@ def submit(
 ) -> Request:
     """Hand one collective to the engine. ``flat`` is what travels; ``tensor`` is what the caller gave.
 
-    ``name`` is a name, None, or the number that a group without a name has given. Nothing is scaled or sent
-    where it raises: see :func:`refuse`.
+    ``name`` is a name, None, or the number that a group without a name has given. Nothing is scaled or sent, and no
+    number used up, where it raises.
     """
     device = tensor.device.type
     is_cuda = device == "cuda"
@@ -137,16 +108,16 @@ def submit(
     signature = _signatures.get(described)
     if signature is None:
         signature = _remember(described)
-    if isinstance(name, str):
-        claim(channel, name)
-    if prescale != 1.0:
-        dtypes.scale_(flat, prescale)
     key: Key
     if name is None:
         channel.unnamed += 1
         key = channel.unnamed
     else:
         key = name
+        if isinstance(key, str):
+            claim(channel, key)
+    if prescale != 1.0:
+        dtypes.scale_(flat, prescale)
     eager = meets = False
     if blocking and device == "cpu" and op != ReduceOp.ADASUM:
         nbytes, link = flat.nbytes, channel.link

@@ -66,7 +66,7 @@ class _Steps:
 
     @torch.no_grad()
     def is_skipped(self, found: Sequence[torch.Tensor]) -> bool:
-        """Whether something on some rank is not finite: ``found``, one flag a device, say so here, and then all do."""
+        """Whether something on some rank is not finite, which ``found``, a flag a device, say; then all of them do."""
         self._lane.begin_cycle()
         flag = torch.tensor([any(each.item() for each in found)], dtype=torch.float32, device="cpu")
         self._engine.wait(

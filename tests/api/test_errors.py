@@ -221,38 +221,3 @@ def test_devices_that_cannot_be_exchanged(world: Any) -> None:
     with pytest.raises(world.CollectiveError, match=r"lies on 'meta'; .*CPU or on CUDA"):
         world.allreduce(torch.ones(3, device="meta"), name="nowhere")
     assert world.allreduce(torch.ones(1), op=world.Sum).item() == world.size()
-
-
-def mistakes(world: Any, name: str | None) -> list[tuple[Any, Any]]:
-    """Calls that are right, and the same ones with a mistake in them, which is found where it is made."""
-    size, ones = world.size(), torch.ones(world.size())
-    return [
-        (lambda: world.allreduce(ones, name=name), lambda: world.allreduce(ones.to(torch.complex32), name=name)),
-        (lambda: world.allreduce_(ones.clone(), name=name), lambda: world.allreduce_(ones, name=name, op="sum")),
-        (lambda: world.broadcast(ones, 0, name=name), lambda: world.broadcast(ones, size, name=name)),
-        (lambda: world.allgather(ones, name=name), lambda: world.allgather(ones.to_sparse(), name=name)),
-        (lambda: world.alltoall(ones, name=name), lambda: world.alltoall(ones, [1], name=name)),
-        (lambda: world.reducescatter(ones, name=name), lambda: world.reducescatter(ones[0], name=name)),
-        (lambda: world.allreduce(ones, name=name), lambda: world.allreduce(ones, prescale_factor="2", name=name)),
-        (lambda: world.grouped_allreduce([ones, ones, ones], name=name),
-         lambda: world.grouped_allreduce([ones, ones, 3.0], name=name)),
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize("odd_rank", [0, -1])
-@pytest.mark.parametrize("name", ["a name", None])
-def test_a_mistake_on_one_rank_alone(world: Any, name: str | None, odd_rank: int) -> None:
-    """Every other rank is told at once; where all make it, each is told so itself; and the library stays usable."""
-    odd = odd_rank % world.size()
-    for right, wrong in mistakes(world, name):
-        for _ in range(2):
-            if world.rank() == odd:
-                with pytest.raises((TypeError, ValueError)):
-                    wrong()
-            else:
-                with pytest.raises(world.CollectiveError, match=rf"rank {odd} could not submit it: \w+Error: "):
-                    right()
-            with pytest.raises((TypeError, ValueError)):
-                wrong()
-            right()
-    assert world.allreduce(torch.ones(1), op=world.Sum).item() == world.size()

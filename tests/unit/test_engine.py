@@ -62,39 +62,6 @@ def test_an_error_inside_a_fused_group_is_reported_alone() -> None:
     assert [handles[r, n].result.item() for r in range(2) for n in "ac"] == [2, 2, 2, 2]
 
 
-@pytest.mark.parametrize("size", [2, 3, 5])
-@pytest.mark.parametrize("group", [(), ("g", 2)])
-def test_what_one_rank_cannot_submit_is_an_error_on_the_others(size: int, group: tuple[str, int]) -> None:
-    """Whoever comes first; and the next of that name runs."""
-    names = ["g.0", "g.1"] if group else ["x"]
-    signature = Signature(int(Kind.ALLREDUCE), "float32", (1,), group=group)
-    for seed in range(30):
-        world = World(size, seed)
-        draw = random.Random(seed)
-        odd = draw.randrange(size)
-
-        def submit(rank: int, world: World = world) -> list[Handle]:
-            requests = [Request(name, signature, torch.ones(1)) for name in names]
-            return [world.submit(rank, world.channels[rank], request) for request in requests]
-
-        bad: list[Handle] = []
-        for rank in draw.sample(range(size), size):
-            if rank == odd:
-                world.channels[rank].refuse(Kind.ALLREDUCE, names[0], TypeError("no tensor"))
-            else:
-                bad += submit(rank)
-            if draw.random() < 0.5:
-                world.run(bad[:0])
-                world.engines[rank].push()
-        world.run(bad)
-        assert all(f"rank {odd} could not submit it: TypeError: no tensor" in str(handle.error) for handle in bad)
-        again = [handle for rank in range(size) for handle in submit(rank)]
-        world.run(again)
-        assert all(handle.error is None for handle in again)
-        coordinator = world.channels[0].coordinator
-        assert coordinator is not None and not coordinator._awaited.of and not coordinator._groups
-
-
 def test_messages_per_request_are_bounded() -> None:
     """A member sends one message at most for each push with something new; the coordinator one to each member."""
     for size in (2, 4):
