@@ -294,8 +294,8 @@ def test_those_who_wait_meet(world: Any) -> None:
 
     most = MEETING_AREA_NBYTES // 4
     total = float(world.size() * (world.size() + 1) // 2)
-    for numel in (1, 5, most // 2, most - 1, most, most + 1, 3 * most + 5):
-        for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.int64):
+    for numel in (1, 5, most // 2, most, most + 1, 2 * most + 5):
+        for dtype in (torch.float32, torch.bfloat16):
             own = torch.full((numel,), world.rank() + 1, dtype=dtype)
             shared = world.empty(numel, dtype=dtype).fill_(world.rank() + 1)
             late = own.clone()

@@ -41,12 +41,12 @@ def _submit(world: World, rank: int, values: list[float], meets: bool = True) ->
 
 
 @pytest.mark.parametrize("size", [2, 3, 5])
-@pytest.mark.parametrize("numel", [1, 100, 60_000, 300_000])
+@pytest.mark.parametrize("numel", [1, 100, 60_000])
 def test_they_meet_and_no_message_is_sent(
     opened: list[World], monkeypatch: pytest.MonkeyPatch, size: int, numel: int
 ) -> None:
     monkeypatch.setattr(meet, "_ALONE_S", 1e9)
-    for seed in range(3):
+    for seed in range(2):
         world = _world(opened, size, seed)
         for round_ in range(5):
             handles = [_submit(world, rank, [rank + round_] * numel) for rank in range(size)]
