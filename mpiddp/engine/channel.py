@@ -151,16 +151,21 @@ class Channel:
                 self.member.submit(request)
         return True
 
+    def speak(self) -> None:
+        """Tell the coordinator what it has not heard. Called under the engine's lock."""
+        message = self.member.message()
+        if not message or self.departures.coordinator_gone:
+            return
+        if self.coordinator is not None:
+            self.coordinator.receive(0, message)
+        else:
+            self.port.send(0, pack(message))
+
     def _negotiate(self) -> bool:
         member, coordinator, port = self.member, self.coordinator, self.port
         moved = self._take_submitted() if self.submitted else False
-        if self.departures.coordinator_gone:
-            member.outbox.clear()
         if member.outbox:
-            if coordinator is not None:
-                coordinator.receive(0, member.message())
-            else:
-                port.send(0, pack(member.message()))
+            self.speak()
         if self.link.size > 1:
             while (arrived := port.poll()) is not None:
                 moved = True

@@ -71,6 +71,7 @@ class Gathering:
         request.complete(request.flat)
         if self._number >= 0:
             channel.member.withdraw(self._number)
+            channel.speak()  # now: nothing of this is in flight when its caller goes on
 
 
 def meet(channel: Channel, request: Request, patience: int = 0) -> bool:
