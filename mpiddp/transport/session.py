@@ -78,11 +78,6 @@ class Session:
         """Whether one peer has counted so far."""
         return self._words[self._slot.at + peer * WORDS + counter] >= self.base + value
 
-    def least(self, counter: int) -> int:
-        """How far the last of the peers has counted; not above what this exchange counts to."""
-        words, at = self._words, self._slot.at + counter
-        return min([words[at + peer * WORDS] for peer in self.peers]) - self.base
-
     def wait(self, counter: int, value: int) -> Steps:
         """Until all peers have counted so far."""
         while not self.have(counter, value):
@@ -192,7 +187,3 @@ class Meeting(Session):
     def has(self, peer: int, counter: int, value: int) -> bool:
         """See :meth:`Session.has`."""
         return (self.is_met or self._look()) and super().has(peer, counter, value)
-
-    def least(self, counter: int) -> int:
-        """See :meth:`Session.least`."""
-        return super().least(counter) if self.is_met or self._look() else 0
