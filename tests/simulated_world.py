@@ -18,7 +18,8 @@ import torch
 
 from mpiddp.collectives.base import ReduceOp
 from mpiddp.dtypes import name_of
-from mpiddp.engine import Channel, Engine, Handle, Kind, Request, Signature
+from mpiddp.engine import Channel, Engine, Handle, Kind, Request, Signature, follow_at_once, meet_at_once
+from mpiddp.engine.prompt import Recipe
 from mpiddp.transport.node import Node
 from tests.simulated_node import WatchedWords, nodes
 from tests.simulation import Deadlock, Network, SimulatedLink
@@ -59,6 +60,17 @@ class SimulatedPort:
 
     def flush(self) -> None:
         pass
+
+
+class _RecipeFor(Recipe):
+    """Of a request that is there already."""
+
+    def __init__(self, node: Node, request: Request) -> None:
+        super().__init__(node, request.signature, request.flat)
+        self._request = request
+
+    def request(self, *_: object) -> Request:
+        return self._request
 
 
 class World:
@@ -125,9 +137,25 @@ class World:
     def submit(self, rank: int, channel: Channel, request: Request) -> Request:
         engine = self.engines[rank]
         engine.last_push_s = math.inf  # submitting pushes by the clock; here the seed alone decides
-        if request.meets and self.network.random.random() < 0.5:
-            return engine.meet(channel, request)
+        way = self.network.random.random() if request.meets else 1.0
+        if way < 0.3:
+            return meet_at_once(engine, channel, request)
+        if way < 0.6 and channel.link.node is not None:
+            return self._follow(engine, channel, channel.link.node, request)
         return engine.submit(channel, request)
+
+    def _follow(self, engine: Engine, channel: Channel, node: Node, request: Request) -> Request:
+        """By a recipe, as a later call of the same kind goes."""
+        key, numbered = request.key, channel.unnamed
+        assert isinstance(key, int)
+        channel.unnamed = key - 1
+        recipe = _RecipeFor(node, request)
+        awaited = follow_at_once(engine, channel, recipe, request.flat, request.answer)
+        channel.unnamed = numbered
+        if awaited is None:
+            request.complete(request.flat)
+            return request
+        return awaited
 
     def allreduce(self, rank: int, key: str | int, values: list[float], op: ReduceOp = ReduceOp.SUM) -> Handle:
         flat = torch.tensor(values)

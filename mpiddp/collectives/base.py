@@ -27,6 +27,11 @@ class ReduceOp(enum.IntEnum):
         """``out = first (op) second``, element by element; ``out`` may be either of them. Not for ADASUM."""
         _COMBINE[self](first, second, out=out)
 
+    @property
+    def function(self) -> Any:
+        """What :meth:`combine` calls: ``function(first, second, out=out)``."""
+        return _COMBINE[self]
+
 
 _COMBINE: dict[ReduceOp, Any] = {
     ReduceOp.SUM: torch.add,

@@ -29,7 +29,7 @@ from . import tree
 from .base import Bounds, ReduceOp
 from .by_hosts import gather_bytes, gather_words, host_of
 from .device_reduction import reduce_parts
-from .shared_memory import aligned_cut
+from .mapped import aligned_cut
 
 __all__ = ["ONE_SHOT_NBYTES", "agree", "allgather", "allreduce", "broadcast", "reduce_scatter"]
 

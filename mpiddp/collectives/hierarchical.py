@@ -18,7 +18,7 @@ from ..transport.base import Levels, Link, Steps
 from ..transport.session import Session
 from . import cuda_ipc, nccl, ring, shared_rounds
 from .base import Bounds, ReduceOp, cut
-from .shared_memory import aligned_cut
+from .mapped import aligned_cut
 
 __all__ = ["PART_NBYTES", "allreduce"]
 

@@ -7,10 +7,12 @@ arithmetic: at these sizes its calls cost a third of torch's.
 from __future__ import annotations
 
 import ctypes
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 
-from ..dtypes import name_of, scale_
+from ..dtypes import dtype_called, name_of, scale_
 from ..transport.areas import AREA_NBYTES, MEETING_AREA_NBYTES
 from ..transport.base import Steps
 from ..transport.node import Node
@@ -18,7 +20,7 @@ from ..transport.session import STAGED, Session
 from .base import ReduceOp
 from .reduction import NUMPY_DTYPES, numpy_can, numpy_reduce
 
-__all__ = ["allreduce", "allreduce_in", "is_possible"]
+__all__ = ["allreduce", "allreduce_in", "combination", "is_possible"]
 
 #: What each rank reads of all its peers, at the most: above it, sharing the additions saves more than a step costs.
 _READ_NBYTES, _MEETING_READ_NBYTES = 256 << 10, 3 << 19
@@ -49,10 +51,21 @@ def allreduce_in(session: Session, node: Node, flat: torch.Tensor, op: ReduceOp,
     session.count(STAGED, 1)
     while not session.have(STAGED, 1):
         yield None
-    if session.size == 2:  # in place, which is less to read
-        other = node.areas.piece(1 - session.rank, session.slot, flat.nbytes, flat.dtype)
-        op.combine(*((flat, other) if session.rank == 0 else (other, flat)), flat)
-        scale_(flat, scale)
-        return
-    parts = node.areas.views(session.slot, flat.nbytes, NUMPY_DTYPES[name_of(flat.dtype)])
-    numpy_reduce(parts, op, scale, flat.numpy())
+    combination(node, session.slot, flat.shape, name_of(flat.dtype), op, scale)(flat)
+
+
+def combination(
+    node: Node, slot: int, shape: Sequence[int], dtype: str, op: ReduceOp, scale: float
+) -> Callable[[torch.Tensor], object]:
+    """What turns a contiguous tensor of this shape into the reduction of what all members have staged in this slot."""
+    assert node.areas is not None
+    nbytes = math.prod(shape) * NUMPY_DTYPES[dtype].itemsize
+    if node.size > 2:
+        parts = node.areas.views(slot, nbytes, NUMPY_DTYPES[dtype])
+        return lambda tensor: numpy_reduce(parts, op, scale, tensor.numpy().reshape(-1))
+    combine = op.function
+    other = node.areas.piece(1 - node.rank, slot, nbytes, dtype_called(dtype)).view(tuple(shape))
+    # In place, which is less to read, and in the order of the ranks, which decides what becomes of two NaNs.
+    if node.rank == 0:
+        return lambda tensor: scale_(combine(tensor, other, out=tensor), scale)
+    return lambda tensor: scale_(combine(other, tensor, out=tensor), scale)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from ..transport.base import Link, Steps
@@ -30,6 +32,7 @@ __all__ = [
     "allreduce_met",
     "alltoall",
     "broadcast",
+    "is_met_in_one_shot",
     "reduce_scatter",
     "shared_node",
 ]
@@ -93,9 +96,18 @@ def allreduce(
 def allreduce_met(link: Link, meeting: Meeting, flat: torch.Tensor, op: ReduceOp, scale: float) -> Steps:
     """:func:`allreduce` as a meeting of the members, which share memory."""
     assert link.node is not None
-    if one_shot.is_possible(link.node, flat, scale, is_meeting=True):
-        return one_shot.allreduce_in(meeting, link.node, flat, op, scale)
-    return shared_memory.allreduce_in(meeting, flat, op, scale, link.algorithm == ORDERED)
+    shot = partial(one_shot.allreduce_in, meeting, link.node, flat, op, scale)
+    if is_met_in_one_shot(link.node, flat, scale):
+        return shot()
+    unshown = shot if one_shot.is_possible(link.node, flat, scale, is_meeting=True) else None
+    return shared_memory.allreduce_in(meeting, flat, op, scale, link.algorithm == ORDERED, unshown)
+
+
+def is_met_in_one_shot(node: Node, flat: torch.Tensor, scale: float) -> bool:
+    """Whether an all-reduce as a meeting is one shot wherever tensors lie; above it, those that all can map are not."""
+    if shared_memory.is_to_be_shown(flat, node.size):
+        return False
+    return one_shot.is_possible(node, flat, scale, is_meeting=True)
 
 
 def shared_node(link: Link) -> Node | None:

@@ -21,14 +21,13 @@ from ..dtypes import scale_
 from ..transport.base import Steps
 from ..transport.node import Node
 from ..transport.session import ARRIVED, REDUCED, STAGED, TAKEN, Session
-from .base import ReduceOp, cut
+from . import mapped
+from .base import ReduceOp
 from .blocks import Blocks, blocks_of
+from .mapped import BLOCK_NBYTES, aligned_cut, block_numel
 from .reduction import may_scale_first
 
-__all__ = ["BLOCK_NBYTES", "DEPTH", "STAGED_NBYTES", "allreduce", "allreduce_in", "block_numel", "most_numel"]
-
-#: What is reduced at once of a tensor in shared memory: two or three such blocks fit in a core's L2 cache.
-BLOCK_NBYTES = 256 << 10
+__all__ = ["DEPTH", "DIRECT_NBYTES", "STAGED_NBYTES", "allreduce", "allreduce_in", "is_to_be_shown", "most_numel"]
 
 #: What is staged at once, and how many blocks a rank may be ahead of its peers: all of it stays in the L2 or L3 cache.
 STAGED_NBYTES = 256 << 10
@@ -42,11 +41,6 @@ _DIRECT_READ_NBYTES = 1 << 20
 #: The same for tensors that have to be staged anyway (4 ranks on 2 cores: 339 us at 1 MiB, against 456 in pieces).
 STAGED_READ_NBYTES = 4 << 20
 _SMALL_NBYTES = 32 << 10
-
-#: After so many bytes others are let in, such as the exchanges of other process sets.
-_TURN_NBYTES = 4 << 20
-
-_LINE_NBYTES = 64
 
 
 def allreduce(
@@ -64,26 +58,32 @@ def allreduce(
 
 
 def allreduce_in(
-    session: Session, flat: torch.Tensor, op: ReduceOp, scale: float = 1.0, is_ordered: bool = False
+    session: Session,
+    flat: torch.Tensor,
+    op: ReduceOp,
+    scale: float = 1.0,
+    is_ordered: bool = False,
+    unshown: Callable[[], Steps] | None = None,
 ) -> Steps:
-    """:func:`allreduce` as a part of an exchange that goes on."""
+    """:func:`allreduce` as a part of an exchange that goes on. ``unshown``: another way for a tensor that is to be
+    shown, where not all members can map each other's."""
     size, numel = session.size, min(flat.numel(), most_numel(flat))
-    is_small = flat.nbytes <= DIRECT_NBYTES and flat.nbytes * (size - 1) <= _DIRECT_READ_NBYTES
+    is_small = not is_to_be_shown(flat, size)
     is_direct = (is_small or _reads_all(size, flat)) and not is_ordered
     first = scale if is_direct and may_scale_first(op, flat.dtype, scale) else 1.0
     if is_small:
         return _small(session, flat, blocks_of(flat, op, scale, first, size, numel))
-    return _large(session, flat, lambda first: blocks_of(flat, op, scale, first, size, numel), first)
+    return _large(session, flat, lambda first: blocks_of(flat, op, scale, first, size, numel), first, unshown)
 
 
-def block_numel(nbytes: int, flat: torch.Tensor) -> int:
-    """The length of a block of so many bytes; 16-bit floats are reduced in float32, so their blocks are counted so."""
-    return nbytes // max(4, flat.element_size())
+def is_to_be_shown(flat: torch.Tensor, size: int) -> bool:
+    """Whether members tell each other where their tensors lie, since they need not be staged if all can be mapped."""
+    return flat.nbytes > DIRECT_NBYTES or flat.nbytes * (size - 1) > _DIRECT_READ_NBYTES
 
 
 def most_numel(flat: torch.Tensor) -> int:
     """The length of the longest block that is reduced at once."""
-    return block_numel(max(BLOCK_NBYTES, STAGED_NBYTES), flat)
+    return block_numel(max(BLOCK_NBYTES, STAGED_NBYTES), flat.element_size())
 
 
 def _reads_all(size: int, flat: torch.Tensor) -> bool:
@@ -108,40 +108,29 @@ def _small(session: Session, flat: torch.Tensor, blocks: Blocks) -> Steps:
     blocks.reduce(parts, whole)
 
 
-def _large(session: Session, flat: torch.Tensor, blocks: Callable[[float], Blocks], first: float) -> Steps:
+def _large(
+    session: Session,
+    flat: torch.Tensor,
+    blocks: Callable[[float], Blocks],
+    first: float,
+    unshown: Callable[[], Steps] | None,
+) -> Steps:
     is_shown = session.show(flat)
     session.count(ARRIVED, 1)
     if is_shown:  # a rank whose tensor is not need not wait to know that not all are
         whole = blocks(1.0)
         yield from session.wait(ARRIVED, 1)
         if session.all_shown():
-            yield from _in_place(session, flat, whole)
+            yield from mapped.allreduce_in(session, flat, whole)
             return
-    stage, numel = session.stage(DEPTH * STAGED_NBYTES), block_numel(STAGED_NBYTES, flat)
+    if unshown is not None:
+        yield from unshown()
+        return
+    stage, numel = session.stage(DEPTH * STAGED_NBYTES), block_numel(STAGED_NBYTES, flat.element_size())
     if _reads_all(session.size, flat):
         yield from _direct(session, flat, blocks(first), stage, numel)
     else:
         yield from _chunked(session, flat, blocks(1.0), stage, numel)
-
-
-def _in_place(session: Session, flat: torch.Tensor, blocks: Blocks) -> Steps:
-    rank, peers, numel = session.rank, session.peers, block_numel(BLOCK_NBYTES, flat)
-    lo, hi = aligned_cut(flat.numel(), session.size, flat.element_size())[rank]
-    wholes = [
-        blocks.flat(flat) if member == rank else blocks.seen(session.content(member, flat.nbytes))
-        for member in range(session.size)
-    ]
-    pieces = zip(*[blocks.split(whole[lo:hi], numel) for whole in wholes], strict=True)
-    turn = _TURN_NBYTES // BLOCK_NBYTES
-    for number, parts in enumerate(pieces):
-        own = parts[rank]
-        blocks.reduce(parts, own)
-        for peer in peers:
-            blocks.copy(own, parts[peer])
-        if number % turn == turn - 1:
-            yield number
-    session.count(REDUCED, 1)
-    yield from session.wait(REDUCED, 1)
 
 
 def _direct(session: Session, flat: torch.Tensor, blocks: Blocks, stage: torch.Tensor, numel: int) -> Steps:
@@ -226,9 +215,3 @@ def _all_rooms(session: Session, blocks: Blocks, stage: torch.Tensor, flat: torc
         for member in range(session.size)
     ]
     return [_rooms(blocks, each, flat, numel) for each in stages]
-
-
-def aligned_cut(numel: int, pieces: int, itemsize: int) -> list[tuple[int, int]]:
-    """``[0, numel)`` in pieces that begin at cache lines, if the whole does; the last ones may be empty."""
-    unit = _LINE_NBYTES // itemsize
-    return [(min(lo * unit, numel), min(hi * unit, numel)) for lo, hi in cut(0, -(-numel // unit), pieces)]

@@ -18,8 +18,9 @@ from ..transport.node import Node
 from ..transport.session import ARRIVED, STAGED, TAKEN, Session
 from ..transport.steps import Steps, Until
 from .base import Bounds, ReduceOp
+from .mapped import BLOCK_NBYTES, block_numel
 from .reduction import Reduction
-from .shared_memory import BLOCK_NBYTES, DEPTH, STAGED_NBYTES, block_numel, most_numel
+from .shared_memory import DEPTH, STAGED_NBYTES, most_numel
 
 __all__ = ["allgather", "allgather_in", "alltoall", "broadcast", "reduce_scatter", "reduce_scatter_in"]
 
@@ -43,7 +44,7 @@ def reduce_scatter(node: Node, flat: torch.Tensor, bounds: Bounds, op: ReduceOp,
 def reduce_scatter_in(session: Session, flat: torch.Tensor, bounds: Bounds, op: ReduceOp, scale: float = 1.0) -> Steps:
     """:func:`reduce_scatter` as a part of an exchange that goes on."""
     rank, size = session.rank, session.size
-    numel = block_numel(BLOCK_NBYTES, flat)
+    numel = block_numel(BLOCK_NBYTES, flat.element_size())
     reduction = Reduction(op, flat.dtype, scale, size, most_numel(flat))
     lo, hi = bounds[rank]
     if (yield from _all_in_place(session, flat)):
@@ -164,7 +165,7 @@ def _rounds(
     """
     size = session.size
     stage = session.stage(DEPTH * STAGED_NBYTES)
-    per_round = block_numel(STAGED_NBYTES, source)
+    per_round = block_numel(STAGED_NBYTES, source.element_size())
     # What a peer gets in a round, in elements: at multiples of it lie the pieces of the members.
     numel = per_round if is_same_for_all else per_round // size
     peers = session.peers

@@ -26,6 +26,7 @@ from .member import Member, Run
 from .mismatch import ERRORS
 from .notices import heed
 from .presence import Presence
+from .prompt import Recipe
 from .request import Handle, Kind, Request
 from .running import Running
 from .starting import Starting
@@ -45,6 +46,7 @@ class Channel:
         self.where = self.ranks, -1  # of what is negotiated here
         self.names: dict[str, Handle] = {}  # in flight on this rank, or finished and not yet forgotten
         self.unnamed = 0
+        self.recipes: dict[Any, Recipe] = {}  # of all-reduces that have met, by what tells them apart
         self.submitted: deque[Request] = deque()
         self.launches = Launches()
         self.member = Member()

@@ -24,7 +24,7 @@ from .running import Running
 if TYPE_CHECKING:
     from .channel import Channel
 
-__all__ = ["Gathering", "cancel", "may_meet", "meet"]
+__all__ = ["Gathering", "cancel", "fingerprint", "may_meet", "meet"]
 
 #: Who has waited for so long tells the coordinator. Within it come those who do the same work at the same time.
 _ALONE_S = 200e-6
@@ -83,7 +83,7 @@ def meet(channel: Channel, request: Request, patience: int = 0) -> bool:
         return False
     node, key = channel.link.node, request.key
     assert node is not None and isinstance(key, int)
-    meeting = node.meet(key, _fingerprint(request.signature))
+    meeting = node.meet(key, fingerprint(request.signature))
     if meeting is None:
         return False
     gathering = Gathering(channel, request, meeting)
@@ -111,7 +111,7 @@ def cancel(channel: Channel, request: Request) -> bool:
     return True
 
 
-def _fingerprint(signature: Signature) -> int:
+def fingerprint(signature: Signature) -> int:
     """The same on every rank, whatever its seed for hashes is; not negative."""
     found = _fingerprints.get(signature)
     if found is None:

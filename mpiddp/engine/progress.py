@@ -19,7 +19,6 @@ from ..uncompiled import uncompiled
 from .channel import Channel
 from .ladder import BETWEEN_HOSTS_S, ON_A_NODE_S, SPINS, longest_sleep_s, renewed_yield_s
 from .liveness import Liveness
-from .meet import meet
 from .neutral import apart_from_modes, is_neutral
 from .presence import COMPUTING, WAITING, Presence
 from .request import Handle, Request
@@ -32,9 +31,6 @@ _ATTEMPT_S = 0.0002
 
 #: Who submits pushes, too, when nobody has for so long; what is submitted in between is announced, and fused, together.
 _SUBMITTING_S = 0.001
-
-#: Looks for the others before one waits for them as for anything else.
-_PATIENCE = 4
 
 _T = TypeVar("_T")
 
@@ -49,7 +45,7 @@ class Engine:
         self._may_any_thread = thread_level in ("serialized", "multiple")
         self._thread_level = thread_level
         self._main_thread = threading.get_ident()
-        self._after_push = after_push
+        self.after_push = after_push
         self._is_served = False
         self._is_between_hosts = False
         self._stopped: MpiddpError | None = None
@@ -99,31 +95,33 @@ class Engine:
             self.push()
         return request
 
-    @uncompiled
-    def meet(self, channel: Channel, request: Request) -> Request:
-        """:meth:`submit` of what is waited for at once, and for which the members may meet. Where nothing else is in
-        flight it is begun here, and where the others are there already it is done when this returns."""
+    def begins_alone(self) -> bool:
+        """Begin a push of the caller's own, if it may and nothing is in flight: to be ended by :meth:`ends`."""
+        thread = threading.get_ident()
         if (
             self._stopped is not None
-            or not (self._may_any_thread or threading.get_ident() == self._main_thread)
+            or not (self._may_any_thread or thread == self._main_thread)
             or not is_neutral()
             or self.pending()
-            or not self._lock.acquire(blocking=False)
+            or not self._lock.acquire(False)
         ):
-            return self.submit(channel, request)
-        request.where = channel.where
-        self._owner = threading.get_ident()
-        try:
-            is_begun = meet(channel, request, _PATIENCE)
-        finally:
-            now = self._release()
-        if not is_begun:
-            return self.submit(channel, request)
+            return False
+        self._owner = thread
+        return True
+
+    def ends(self) -> float:
+        """The end of a push, and when that was."""
+        self._owner = None
+        self.last_push_s = now = time.monotonic()
+        self.presence.push_ends(now)
+        self._lock.release()
+        return now
+
+    def goes_on(self, request: Request, now: float) -> None:
+        """What has been begun in a push of the caller's own may have to be waited for."""
         self.presence.submitted(request.key, request.signature.kind, now)
         if not request.done and self._liveness is not None:
             self._liveness.wake()
-        self._after_push()
-        return request
 
     def wake(self) -> None:
         """Something is in flight now."""
@@ -138,7 +136,10 @@ class Engine:
 
     def pending(self) -> bool:
         """Whether anything is in flight."""
-        return any(channel.pending or channel.attention for channel in self.channels)
+        for channel in self.channels:  # noqa: SIM110  any() takes a microsecond
+            if channel.attention or channel.pending:
+                return True
+        return False
 
     def may_push(self) -> bool:
         """Whether MPI lets the calling thread in."""
@@ -160,21 +161,13 @@ class Engine:
         try:
             moved = self._advance() if is_neutral() else apart_from_modes(self._advance)
         finally:
-            now = self._release()
-        self._after_push()
+            now = self.ends()
+        self.after_push()
         if now >= self._look_at_s and self._stalls is not None:
             self._look_at_s = math.inf  # other threads push meanwhile
             self._stalls.check(now)
             self._look_at_s = self._stalls.next_look_s
         return moved
-
-    def _release(self) -> float:
-        """The end of a push, and when that was."""
-        self._owner = None
-        self.last_push_s = now = time.monotonic()
-        self.presence.push_ends(now)
-        self._lock.release()
-        return now
 
     def listen(self) -> bool:
         """A push that hears what others want of the coordinators here, although nothing of this rank's is in flight."""

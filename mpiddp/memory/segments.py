@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from .mapping import Place, SharedFiles, map_file
@@ -34,12 +35,15 @@ _SHARED_NBYTES = 4 << 20
 _ALIGN = 128
 _PAGE = 4096
 
+_NOTHING = np.empty(0, np.uint8)
+
 
 class _Segment:
-    __slots__ = ("fd", "filled", "memory", "nbytes", "number", "tensors")
+    __slots__ = ("content", "fd", "filled", "memory", "nbytes", "number", "tensors")
 
     def __init__(self, number: int, fd: int, memory: Any, nbytes: int) -> None:
         self.number, self.fd, self.memory, self.nbytes = number, fd, memory, nbytes
+        self.content: np.ndarray[Any, Any] = np.frombuffer(memory, np.uint8)
         self.filled = 0  # bytes that have been given out
         self.tensors = 0  # that live
 
@@ -75,12 +79,19 @@ class Segments:
 
     def place(self, flat: torch.Tensor) -> Place | None:
         """Where the content of a contiguous tensor lies; None if it is in memory that nobody else can map."""
-        base = flat.untyped_storage().data_ptr()
-        found = self._tensors.get(base)
+        address = base = flat.data_ptr()
+        found = self._tensors.get(base)  # mostly it is a whole one
         if found is None:
-            return None
+            base = flat.untyped_storage().data_ptr()
+            found = self._tensors.get(base)
+            if found is None:
+                return None
         segment, offset = found
-        return segment.number, self._pid, segment.fd, segment.nbytes, offset + flat.data_ptr() - base
+        return segment.number, self._pid, segment.fd, segment.nbytes, offset + address - base
+
+    def content(self, number: int) -> np.ndarray[Any, Any]:
+        """The bytes of a segment that is in use."""
+        return self._open[number].content
 
     def _piece(self, nbytes: int) -> memoryview:
         with self._lock:
@@ -143,6 +154,7 @@ class Segments:
             if self.files is not None:
                 self.files.remove(segment.number)
             segment.memory = None
+            segment.content = _NOTHING
             self._when_freed(segment.number)
 
     def close(self) -> None:

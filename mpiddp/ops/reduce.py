@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
+from .. import runtime
 from ..collectives.base import ReduceOp
 from ..compression import Compression
-from ..engine import Channel, Handle, Key, Kind
+from ..engine import Channel, Handle, Key, Kind, Request, follow_at_once, learn
 from ..errors import ArgumentError
 from ..op import Average, Op, Product, Sum, resolve
 from ..process_set import ProcessSet, global_process_set
@@ -24,6 +25,9 @@ __all__ = [
     "check_op",
     "reduce_into",
 ]
+
+
+_NUMBERS, _PLAIN = (float, int), (torch.Tensor, torch.nn.Parameter)
 
 
 def check_op(dtype: torch.dtype, op: ReduceOp) -> None:
@@ -48,7 +52,7 @@ def reduce_into(
     *,
     group: tuple[str, int] | tuple[()] = (),
     blocking: bool = False,
-) -> Handle:
+) -> Request:
     """Reduce the content of ``result`` in place; hand out ``answer``, the caller's own view of it."""
     reduction, divisor = resolve(op, average, channel.link.size)
     if reduction == ReduceOp.ADASUM and channel.link.algorithm == "ordered":
@@ -137,11 +141,7 @@ def _allreduce_now(
     process_set: ProcessSet,
 ) -> torch.Tensor:
     copy = apart(dense(tensor, "allreduce"))
-    channel = channel_of(process_set)
-    result: torch.Tensor = wait_for(
-        reduce_into(channel, copy, copy, name, op, average, prescale, postscale, blocking=True)
-    )
-    return result
+    return _reduce_waiting(channel_of(process_set), copy, copy, name, op, average, prescale, postscale)
 
 
 def allreduce_async_(
@@ -171,10 +171,48 @@ def allreduce_(
     """:func:`allreduce` in place; returns ``tensor``. Not differentiable."""
     own = dense(tensor, "allreduce_")
     channel = channel_of(process_set)
-    result: torch.Tensor = wait_for(
-        reduce_into(channel, own, tensor, name, op, average, prescale_factor, postscale_factor, blocking=True)
-    )
-    return result
+    return _reduce_waiting(channel, own, tensor, name, op, average, prescale_factor, postscale_factor)
+
+
+def _reduce_waiting(
+    channel: Channel,
+    result: torch.Tensor,
+    answer: torch.Tensor,
+    name: str | None,
+    op: Op | None,
+    average: bool | None,
+    prescale: float,
+    postscale: float,
+) -> torch.Tensor:
+    """Reduce ``result`` in place and wait for that; ``answer``.
+
+    Where the caller gives no name and no factor ahead of the sum, and the ranks share memory, the second call of a kind
+    goes by a recipe, which is what would happen anyway in a third of the time.
+    """
+    kind = None
+    if (
+        name is None
+        and average is None
+        and prescale == 1.0
+        and type(postscale) in _NUMBERS
+        and (op is None or type(op) is Op)
+        and type(result) in _PLAIN
+        and result.is_cpu
+        and result.is_contiguous()
+        and not (result.is_inference() or result.is_neg())
+    ):
+        kind = result.dtype, result.shape, op, postscale
+        recipe = channel.recipes.get(kind)
+        if recipe is not None:
+            request = follow_at_once(runtime.current().engine, channel, recipe, result, answer)
+            if request is not None:
+                wait_for(request)
+            return answer
+    handle = reduce_into(channel, result, answer, name, op, average, prescale, postscale, blocking=True)
+    wait_for(handle)
+    if kind is not None:
+        learn(channel, kind, handle)
+    return answer
 
 
 class _Allreduce(torch.autograd.Function):

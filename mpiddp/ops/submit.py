@@ -9,7 +9,7 @@ import torch
 
 from .. import dtypes, runtime
 from ..collectives.base import ReduceOp
-from ..engine import Channel, Handle, Key, Kind, Request, Signature, may_meet
+from ..engine import Channel, Handle, Key, Kind, Request, Signature, may_meet, meet_at_once
 from ..engine import eager as eagerly
 from ..errors import ArgumentError, DuplicateNameError
 from ..process_set import ProcessSet, global_process_set
@@ -129,7 +129,7 @@ def submit(
     if isinstance(key, str):
         channel.names[key] = request
     engine = runtime.current().engine
-    return engine.meet(channel, request) if meets else engine.submit(channel, request)
+    return meet_at_once(engine, channel, request) if meets else engine.submit(channel, request)
 
 
 def _remember(described: Any) -> Signature:

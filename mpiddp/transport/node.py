@@ -18,8 +18,10 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
+from ..memory.mapping import Place
 from ..memory.node import NodeMemory
 from ..memory.shared import HEADER_NBYTES, share
 from .areas import Areas
@@ -27,7 +29,7 @@ from .session import BASE, DONE, WORDS, Meeting, Session
 from .steps import Until
 from .tags import FIRST_TAG, LANE_TAGS, LANES
 
-__all__ = ["PAGE_NBYTES", "Node", "Slot"]
+__all__ = ["MEETING_SLOTS", "PAGE_NBYTES", "Node", "Slot"]
 
 #: Slots of negotiated exchanges, of which an engine runs 16 at once, and of each lane.
 _NEGOTIATED_SLOTS = 32
@@ -35,9 +37,9 @@ _LANE_SLOTS = 16
 
 #: Slots of meetings. Who waits for one has no other in flight but from other threads. With one slot each would wait for
 #: the last one's end on all members; the more slots, the less of what is staged in them stays in the caches.
-_MEETING_SLOTS = 2
+MEETING_SLOTS = 2
 _MEETINGS_AT = _NEGOTIATED_SLOTS + LANES * _LANE_SLOTS
-_SLOTS = _MEETINGS_AT + _MEETING_SLOTS
+_SLOTS = _MEETINGS_AT + MEETING_SLOTS
 
 #: What is packed may be in shared memory up to so many bytes; so many such buffers are kept.
 _LENT_NBYTES = 8 << 20
@@ -94,7 +96,7 @@ class Node:
         if page is None:
             return None
         node = cls(memoryview(page)[HEADER_NBYTES:], local_ranks, comm.rank, memory)
-        node.areas = Areas.over(comm, local_ranks, memory, _MEETINGS_AT, _MEETING_SLOTS)
+        node.areas = Areas.over(comm, local_ranks, memory, _MEETINGS_AT, MEETING_SLOTS)
         return node
 
     def enter(self, tag: int) -> Until[Session]:
@@ -109,15 +111,32 @@ class Node:
 
     def meet(self, key: int, fingerprint: int) -> Meeting | None:
         """The meeting with that number, to be used in a ``with``; None while its slot is in use."""
-        number = _MEETINGS_AT + key % _MEETING_SLOTS
-        slot = self._slots.get(number)
-        if slot is None:
-            slot = self._slots[number] = Slot(number, number * self.size * WORDS, 0)
+        slot = self.meeting_slot(key)
         if slot.queue or not self.have_ended(slot, slot.base):
             return None
         meeting = Meeting(self, slot, key, fingerprint)
         slot.queue.append(meeting)
         return meeting
+
+    def meeting_slot(self, key: int) -> Slot:
+        """That of the meeting with this number."""
+        number = _MEETINGS_AT + key % MEETING_SLOTS
+        slot = self._slots.get(number)
+        if slot is None:
+            slot = self._slots[number] = Slot(number, number * self.size * WORDS, 0)
+        return slot
+
+    def write_place(self, at: int, place: Place) -> None:
+        """Tell the others, in the four words from ``at`` on, where something lies."""
+        number, pid, fd, of_segment, offset = place
+        words = self.words
+        words[at], words[at + 1], words[at + 2], words[at + 3] = number, pid << 32 | fd & 0xFFFFFFFF, of_segment, offset
+
+    def content_at(self, at: int, member: int, nbytes: int) -> np.ndarray[Any, Any]:
+        """So many bytes of what lies where the four words of ``member`` from ``at`` on say."""
+        number, owner, of_segment, offset = self.words[at : at + 4].tolist()
+        place = number, owner >> 32, owner & 0xFFFFFFFF, of_segment, offset
+        return self.memory.content(self.local_ranks[member], place, nbytes)
 
     def _slot(self, tag: int) -> Slot:
         if tag < FIRST_TAG:

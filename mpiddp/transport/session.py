@@ -12,7 +12,20 @@ from .steps import Steps
 if TYPE_CHECKING:
     from .node import Node, Slot
 
-__all__ = ["ARRIVED", "BASE", "DONE", "REDUCED", "STAGED", "TAKEN", "WORDS", "Meeting", "Session"]
+__all__ = [
+    "ARRIVED",
+    "BASE",
+    "DONE",
+    "FINGERPRINT",
+    "KEY",
+    "REDUCED",
+    "STAGED",
+    "TAKEN",
+    "TENSOR",
+    "WORDS",
+    "Meeting",
+    "Session",
+]
 
 #: A member's words in a slot: two cache lines.
 WORDS = 16
@@ -20,9 +33,9 @@ WORDS = 16
 #: Counters of an exchange: it has come; pieces that it has staged; that it has reduced; that it has taken from others.
 ARRIVED, STAGED, REDUCED, TAKEN = range(4)
 #: The base of the last exchange that the member has ended; the meeting that it has published.
-DONE, _KEY, _FINGERPRINT = 4, 5, 6
+DONE, KEY, FINGERPRINT = 4, 5, 6
 #: Where its tensor lies, and where its staging buffer does: number (0: nowhere), pid and descriptor, size, offset.
-_TENSOR, _STAGE = 8, 12
+TENSOR, _STAGE = 8, 12
 
 #: Counts within one exchange are below this.
 BASE = 1 << 24
@@ -87,7 +100,7 @@ class Session:
 
     def show(self, flat: torch.Tensor) -> bool:
         """Tell the others where ``flat`` lies, to be read after ARRIVED is counted; False if they cannot map it."""
-        return self._write_place(_TENSOR, flat)
+        return self._write_place(TENSOR, flat)
 
     def _write_place(self, field: int, flat: torch.Tensor) -> bool:
         words, at = self._words, self._mine + field
@@ -97,18 +110,17 @@ class Session:
         if place is None:
             words[at] = 0
             return False
-        number, pid, fd, nbytes, offset = place
-        words[at], words[at + 1], words[at + 2], words[at + 3] = number, pid << 32 | fd & 0xFFFFFFFF, nbytes, offset
+        self._node.write_place(at, place)
         return True
 
     def all_shown(self) -> bool:
         """Whether every member's tensor can be mapped: the same answer on all of them, once all have arrived."""
-        words, at = self._words, self._slot.at + _TENSOR
+        words, at = self._words, self._slot.at + TENSOR
         return all(words[at + member * WORDS] for member in range(self.size))
 
     def is_shown(self, member: int) -> bool:
         """Whether this member's tensor can be mapped."""
-        return self._words[self._slot.at + member * WORDS + _TENSOR] != 0
+        return self._words[self._slot.at + member * WORDS + TENSOR] != 0
 
     def tensor(self, peer: int, like: torch.Tensor) -> torch.Tensor:
         """A peer's tensor, of the dtype and the length of ``like``."""
@@ -116,7 +128,7 @@ class Session:
 
     def content(self, peer: int, nbytes: int) -> np.ndarray[Any, Any]:
         """A peer's tensor, or the beginning of it, as bytes."""
-        return self._read_place(_TENSOR, peer, nbytes)
+        return self._read_place(TENSOR, peer, nbytes)
 
     def stage(self, nbytes: int) -> torch.Tensor:
         """A staging buffer of this member's own, as bytes, to be read after STAGED is counted."""
@@ -134,10 +146,7 @@ class Session:
         return self._read_place(_STAGE, peer, nbytes)
 
     def _read_place(self, field: int, peer: int, nbytes: int) -> np.ndarray[Any, Any]:
-        at = self._slot.at + peer * WORDS + field
-        number, owner, of_segment, offset = self._words[at : at + 4].tolist()
-        place = number, owner >> 32, owner & 0xFFFFFFFF, of_segment, offset
-        return self._node.memory.content(self._node.local_ranks[peer], place, nbytes)
+        return self._node.content_at(self._slot.at + peer * WORDS + field, peer, nbytes)
 
 
 class Meeting(Session):
@@ -157,14 +166,14 @@ class Meeting(Session):
         self.base = key * BASE
         self.is_met = False
         self._key, self._fingerprint = key, fingerprint
-        self._words[self._mine + _FINGERPRINT] = fingerprint
-        self._words[self._mine + _KEY] = key
+        self._words[self._mine + FINGERPRINT] = fingerprint
+        self._words[self._mine + KEY] = key
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         if kind is None:
             self._slot.base = self.base
         else:
-            self._words[self._mine + _KEY] = 0
+            self._words[self._mine + KEY] = 0
         super().__exit__(kind, *rest)
 
     def has_met(self) -> bool:
@@ -175,7 +184,7 @@ class Meeting(Session):
         words, at = self._words, self._slot.at
         for peer in self.peers:
             found = at + peer * WORDS
-            if words[found + _KEY] != self._key or words[found + _FINGERPRINT] != self._fingerprint:
+            if words[found + KEY] != self._key or words[found + FINGERPRINT] != self._fingerprint:
                 return False
         self.is_met = True
         return True

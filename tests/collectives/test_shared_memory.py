@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from mpiddp.collectives import ReduceOp, chunk_bounds, select, shared_memory, shared_rounds
+from mpiddp.collectives import ReduceOp, chunk_bounds, mapped, select, shared_memory, shared_rounds
 from mpiddp.dtypes import REDUCIBLE, SIXTEEN_BIT
 from mpiddp.transport.node import Node
 from tests.collectives.test_allreduce import ORDERED, contribution, expected
@@ -29,7 +29,7 @@ def members(size: int) -> list[Node]:
 def many_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Blocks of a few elements, so that short tensors have many."""
     if request.param:
-        monkeypatch.setattr(shared_memory, "BLOCK_NBYTES", 128)
+        monkeypatch.setattr(mapped, "BLOCK_NBYTES", 128)
         monkeypatch.setattr(shared_rounds, "BLOCK_NBYTES", 128)
         monkeypatch.setattr(shared_memory, "STAGED_NBYTES", 256)
         monkeypatch.setattr(shared_rounds, "STAGED_NBYTES", 256)
