@@ -5,19 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from mpiddp.memory.mapping import MemoryFiles
 from mpiddp.memory.node import LOG_WORDS, NodeMemory
+from mpiddp.transport.areas import Areas
 from mpiddp.transport.base import Steps
-from mpiddp.transport.node import PAGE_NBYTES, Node
+from mpiddp.transport.node import MEETING_SLOTS, MEETINGS_AT, PAGE_NBYTES, Node
 from tests.simulation import Network, SimulatedLink, run
 
 
-def nodes(size: int) -> list[Node]:
-    """The node as each of its ranks sees it."""
+def nodes(size: int, has_areas: bool = False) -> list[Node]:
+    """The node as each of its ranks sees it; ``has_areas``: with a place for small tensors in each slot."""
     log = memoryview(bytearray(8 * LOG_WORDS * size)).cast("q")
     page = memoryview(bytearray(PAGE_NBYTES * size))
     memories = [NodeMemory(MemoryFiles(), log, rank, size) for rank in range(size)]
-    return [Node(page, range(size), rank, memory) for rank, memory in enumerate(memories)]
+    members = [Node(page, range(size), rank, memory) for rank, memory in enumerate(memories)]
+    if has_areas:
+        *starts, end = Areas.bounds(MEETINGS_AT, MEETING_SLOTS)
+        owned = [memory.segments.empty((end,), torch.uint8) for memory in memories]
+        for member in members:
+            member.areas = Areas(owned, starts)
+    return members
 
 
 class WatchedWords:

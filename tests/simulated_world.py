@@ -85,16 +85,18 @@ class World:
         segment_nbytes: int = 64,
         is_buffering: bool = False,
         shares_memory: bool = False,
+        has_areas: bool | None = None,
     ) -> None:
         self.size = size
         self.nodes: list[Node] = []
-        self._shares_memory = shares_memory
         self.network = Network(size, seed, is_buffering)
         self.network.on_match = lambda key: self.schedule(self.soon(self._transit), key)
         self.clock = 0.0
         self._events: list[tuple[float, int, Any, Any]] = []
         self._count = 0
         draw = self.network.random
+        self._shares_memory = shares_memory
+        self._has_areas = draw.random() < 0.5 if has_areas is None else has_areas
         self._turns = [draw.choice((1.0, 1.0, 1.0, 5.0, 40.0)) for _ in range(size)]
         self._transit, self._pushing = draw.choice((0.1, 2.0, 20.0)), draw.choice((0.3, 0.6, 0.9))
         # Thread level "single": no liveness thread, all is deterministic.
@@ -121,7 +123,7 @@ class World:
 
     def _share(self, links: Sequence[SimulatedLink], team: tuple[int, ...]) -> None:
         """The team is on one node: whatever a member writes, the others may notice."""
-        for link, node in zip(links, nodes(len(team)), strict=True):
+        for link, node in zip(links, nodes(len(team), self._has_areas), strict=True):
             others = [rank for rank in team if rank != team[link.rank]]
             node.words = WatchedWords(node.words, partial(self._wake_all, others))  # type: ignore[assignment]
             link.node = node

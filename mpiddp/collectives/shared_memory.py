@@ -13,11 +13,13 @@ r-th part, and all take the parts from their owners.
 from __future__ import annotations
 
 from collections.abc import Callable
+from time import perf_counter
 from typing import Any
 
 import torch
 
 from ..dtypes import scale_
+from ..transport import depth
 from ..transport.base import Steps
 from ..transport.node import Node
 from ..transport.session import ARRIVED, REDUCED, STAGED, TAKEN, Session
@@ -27,11 +29,11 @@ from .blocks import Blocks, blocks_of
 from .mapped import BLOCK_NBYTES, aligned_cut, block_numel
 from .reduction import may_scale_first
 
-__all__ = ["DEPTH", "DIRECT_NBYTES", "STAGED_NBYTES", "allreduce", "allreduce_in", "is_to_be_shown", "most_numel"]
+__all__ = ["DIRECT_NBYTES", "STAGED_NBYTES", "allreduce", "allreduce_in", "is_to_be_shown", "most_numel"]
 
-#: What is staged at once, and how many blocks a rank may be ahead of its peers: all of it stays in the L2 or L3 cache.
-STAGED_NBYTES = 256 << 10
-DEPTH = 4
+#: What is staged at once, and of long tensors, where a block more at the beginning does not count.
+STAGED_NBYTES, LONG_STAGED_NBYTES = 256 << 10, 512 << 10
+_LONG_NBYTES = 8 << 20
 
 #: Tensors up to here, and with no more than that to read from all peers together, go the direct way wherever they lie:
 #: it has one step. Measured at 2 ranks on 2 cores (24 us at 128 KiB, 31 in place) and 4 (102 us at 256 KiB, 128).
@@ -92,11 +94,11 @@ def _reads_all(size: int, flat: torch.Tensor) -> bool:
 
 
 def _small(session: Session, flat: torch.Tensor, blocks: Blocks) -> Steps:
-    nbytes = _SMALL_NBYTES if flat.nbytes <= _SMALL_NBYTES else DEPTH * STAGED_NBYTES
-    stage = session.stage(nbytes)
+    nbytes = _SMALL_NBYTES if flat.nbytes <= _SMALL_NBYTES else depth.SHALLOW_NBYTES
     if flat.numel() > most_numel(flat):
-        yield from _direct(session, flat, blocks, stage, most_numel(flat))
+        yield from _direct(_Staging(session, flat, blocks, most_numel(flat)))
         return
+    stage = session.stage(nbytes)
     whole, own = blocks.flat(flat), blocks.flat(stage[: flat.nbytes].view(flat.dtype))
     blocks.stage(whole, own)
     session.count(STAGED, 1)
@@ -126,25 +128,76 @@ def _large(
     if unshown is not None:
         yield from unshown()
         return
-    stage, numel = session.stage(DEPTH * STAGED_NBYTES), block_numel(STAGED_NBYTES, flat.element_size())
+    at_once = STAGED_NBYTES if flat.nbytes < _LONG_NBYTES else LONG_STAGED_NBYTES
+    numel = block_numel(at_once, flat.element_size())
     if _reads_all(session.size, flat):
-        yield from _direct(session, flat, blocks(first), stage, numel)
+        yield from _direct(_Staging(session, flat, blocks(first), numel))
     else:
-        yield from _chunked(session, flat, blocks(1.0), stage, numel)
+        yield from _chunked(_Staging(session, flat, blocks(1.0), numel))
 
 
-def _direct(session: Session, flat: torch.Tensor, blocks: Blocks, stage: torch.Tensor, numel: int) -> Steps:
-    """Blocks of ``numel`` elements at most, scaled by ``blocks.first`` on their way into the staging buffer.
+class _Staging:
+    """An exchange of blocks of ``numel`` elements at most through the members' staging buffers.
+
+    This member is at most as many blocks ahead of its peers as its buffer is deep; each chooses for itself.
+    """
+
+    def __init__(self, session: Session, flat: torch.Tensor, blocks: Blocks, numel: int) -> None:
+        self.session, self.flat, self.blocks, self.numel = session, flat, blocks, numel
+        self.pieces = blocks.split(blocks.flat(flat), numel)
+        self.staged = 0
+        self._is_measured = flat.nbytes > 2 * depth.SHALLOW_NBYTES
+        self._nbytes = session.depth.choose() if self._is_measured else depth.SHALLOW_NBYTES
+        stage = blocks.flat(session.stage(self._nbytes).view(flat.dtype))
+        self._depth = len(stage) // numel
+        self._own = _rooms(blocks, stage, flat, numel)
+        self._fresh = depth.SHALLOW_NBYTES // flat.element_size() // numel  # blocks where nothing has been read yet
+        self._spent_s = 0.0
+
+    def may_stage(self, taken: int) -> bool:
+        """Whether there is another block, and room for it, where this member has taken so many from the others."""
+        staged, depth = self.staged, self._depth
+        return staged < min(len(self.pieces), taken + depth) and (
+            staged < depth or self.session.have(TAKEN, staged - depth + 1)
+        )
+
+    def stage(self) -> None:
+        """Stage the next block."""
+        began_s = perf_counter()
+        self.blocks.stage(self.pieces[self.staged], self._own(self.staged))
+        if self.staged >= self._fresh:
+            self._spent_s += perf_counter() - began_s
+        self.staged += 1
+        self.session.count(STAGED, self.staged)
+
+    def rooms(self) -> list[_Rooms]:
+        """Where each member's blocks lie, once all peers have staged something."""
+        return [
+            self._own if member == self.session.rank else self._peers(member) for member in range(self.session.size)
+        ]
+
+    def _peers(self, peer: int) -> _Rooms:
+        content = self.session.staged(peer, self.session.staged_nbytes(peer))
+        return _rooms(self.blocks, self.blocks.seen(content), self.flat, self.numel)
+
+    def end(self) -> None:
+        """All is done: remember what it cost."""
+        if self._is_measured:
+            numel = self.flat.numel() - self._fresh * self.numel
+            self.session.depth.note(self._nbytes, self._spent_s / (numel * self.flat.element_size()))
+
+
+def _direct(staging: _Staging) -> Steps:
+    """Blocks are scaled by ``blocks.first`` on their way into the staging buffer.
 
     What has been staged is reduced first, while it is in the cache; only who would wait stages ahead.
     """
-    pieces, rank, depth = blocks.split(blocks.flat(flat), numel), session.rank, DEPTH
-    own = _rooms(blocks, blocks.flat(stage.view(flat.dtype)), flat, numel)
+    session, blocks, pieces, rank = staging.session, staging.blocks, staging.pieces, staging.session.rank
     rooms: list[_Rooms] = []
-    staged = taken = 0
+    taken = 0
     while taken < len(pieces):
-        if taken < staged and session.have(STAGED, taken + 1):
-            rooms = rooms or _all_rooms(session, blocks, stage, flat, numel)
+        if taken < staging.staged and session.have(STAGED, taken + 1):
+            rooms = rooms or staging.rooms()
             block = pieces[taken]
             parts = [each(taken) for each in rooms]
             if blocks.first == 1.0:
@@ -152,20 +205,18 @@ def _direct(session: Session, flat: torch.Tensor, blocks: Blocks, stage: torch.T
             blocks.reduce(parts, block)
             taken += 1
             session.count(TAKEN, taken)
-        elif staged < min(len(pieces), taken + depth) and _is_free(session, staged, depth):
-            blocks.stage(pieces[staged], own(staged))
-            staged += 1
-            session.count(STAGED, staged)
+        elif staging.may_stage(taken):
+            staging.stage()
         else:
-            yield staged + taken
+            yield staging.staged + taken
+    staging.end()
 
 
-def _chunked(session: Session, flat: torch.Tensor, blocks: Blocks, stage: torch.Tensor, numel: int) -> Steps:
+def _chunked(staging: _Staging) -> Steps:
     """As :func:`_direct`, but each rank reduces its part of each block only, in its own staging buffer."""
-    pieces, rank, depth = blocks.split(blocks.flat(flat), numel), session.rank, DEPTH
-    own = _rooms(blocks, blocks.flat(stage.view(flat.dtype)), flat, numel)
+    session, blocks, pieces, flat = staging.session, staging.blocks, staging.pieces, staging.flat
     rooms: list[_Rooms] = []
-    staged = reduced = taken = 0
+    reduced = taken = 0
     while taken < len(pieces):
         if taken < reduced and session.have(REDUCED, taken + 1):
             block = pieces[taken]
@@ -173,25 +224,19 @@ def _chunked(session: Session, flat: torch.Tensor, blocks: Blocks, stage: torch.
                 blocks.copy(rooms[owner](taken)[lo:hi], block[lo:hi])
             taken += 1
             session.count(TAKEN, taken)
-        elif reduced < staged and session.have(STAGED, reduced + 1):
-            rooms = rooms or _all_rooms(session, blocks, stage, flat, numel)
-            lo, hi = aligned_cut(len(pieces[reduced]), session.size, flat.element_size())[rank]
+        elif reduced < staging.staged and session.have(STAGED, reduced + 1):
+            rooms = rooms or staging.rooms()
+            lo, hi = aligned_cut(len(pieces[reduced]), session.size, flat.element_size())[session.rank]
             if lo < hi:
                 parts = [each(reduced)[lo:hi] for each in rooms]
-                blocks.reduce(parts, parts[rank])
+                blocks.reduce(parts, parts[session.rank])
             reduced += 1
             session.count(REDUCED, reduced)
-        elif staged < min(len(pieces), taken + depth) and _is_free(session, staged, depth):
-            blocks.copy(pieces[staged], own(staged))
-            staged += 1
-            session.count(STAGED, staged)
+        elif staging.may_stage(taken):
+            staging.stage()
         else:
-            yield staged + reduced + taken
-
-
-def _is_free(session: Session, number: int, depth: int) -> bool:
-    """Whether all peers have taken what lies where block ``number`` is to be staged."""
-    return number < depth or session.have(TAKEN, number - depth + 1)
+            yield staging.staged + reduced + taken
+    staging.end()
 
 
 _Rooms = Callable[[int], Any]
@@ -200,18 +245,7 @@ _Rooms = Callable[[int], Any]
 def _rooms(blocks: Blocks, stage: Any, flat: torch.Tensor, numel: int) -> _Rooms:
     """Where in a staging buffer a block of so many elements of ``flat`` has its place."""
     number_of_blocks = -(-flat.numel() // numel)
-    last = number_of_blocks - 1
-    places = blocks.split(stage[: numel * min(DEPTH, number_of_blocks)], numel)
-    place_of_last = places[last % DEPTH][: flat.numel() - last * numel]
-    return lambda number: places[number % DEPTH] if number < last else place_of_last
-
-
-def _all_rooms(session: Session, blocks: Blocks, stage: torch.Tensor, flat: torch.Tensor, numel: int) -> list[_Rooms]:
-    """Every member's, once all peers have staged something."""
-    stages = [
-        blocks.flat(stage.view(flat.dtype))
-        if member == session.rank
-        else blocks.seen(session.staged(member, stage.nbytes))
-        for member in range(session.size)
-    ]
-    return [_rooms(blocks, each, flat, numel) for each in stages]
+    last, depth = number_of_blocks - 1, len(stage) // numel
+    places = blocks.split(stage[: numel * min(depth, number_of_blocks)], numel)
+    place_of_last = places[last % depth][: flat.numel() - last * numel]
+    return lambda number: places[number % depth] if number < last else place_of_last

@@ -20,12 +20,15 @@ from ..transport.steps import Steps, Until
 from .base import Bounds, ReduceOp
 from .mapped import BLOCK_NBYTES, block_numel
 from .reduction import Reduction
-from .shared_memory import DEPTH, STAGED_NBYTES, most_numel
+from .shared_memory import STAGED_NBYTES, most_numel
 
 __all__ = ["allgather", "allgather_in", "alltoall", "broadcast", "reduce_scatter", "reduce_scatter_in"]
 
 #: Counted at the end, so that who still stages need not wait for a rank that wants nothing more.
 _EVERYTHING = (1 << 24) - 1
+
+#: Rounds that a rank may be ahead of its peers.
+_DEPTH = 4
 
 #: What happens to a piece that has come: (peer, where it begins in what this rank wants of it, the piece).
 _Take = Callable[[int, int, torch.Tensor], None]
@@ -164,7 +167,7 @@ def _rounds(
     With ``is_same_for_all`` every peer gets the same range, which is staged once.
     """
     size = session.size
-    stage = session.stage(DEPTH * STAGED_NBYTES)
+    stage = session.stage(_DEPTH * STAGED_NBYTES)
     per_round = block_numel(STAGED_NBYTES, source.element_size())
     # What a peer gets in a round, in elements: at multiples of it lie the pieces of the members.
     numel = per_round if is_same_for_all else per_round // size
@@ -184,15 +187,15 @@ def _rounds(
                 for peer in there:
                     if peer not in rooms:
                         rooms[peer] = session.peer_stage(peer, stage.nbytes).view(source.dtype)
-                    begin = taken % DEPTH * per_round + (0 if is_same_for_all else session.rank * numel)
+                    begin = taken % _DEPTH * per_round + (0 if is_same_for_all else session.rank * numel)
                     take(peer, at, rooms[peer][begin : begin + min(numel, lengths[peer] - at)])
                 taken += 1
                 session.count(TAKEN, taken)
                 moved = True
-        if not moved and staged < to_stage and (staged < DEPTH or session.have(TAKEN, staged - DEPTH + 1)):
+        if not moved and staged < to_stage and (staged < _DEPTH or session.have(TAKEN, staged - _DEPTH + 1)):
             for peer in peers[:1] if is_same_for_all else peers:
                 lo, hi = outgoing[peer]
-                lo, begin = lo + staged * numel, staged % DEPTH * per_round + (0 if is_same_for_all else peer * numel)
+                lo, begin = lo + staged * numel, staged % _DEPTH * per_round + (0 if is_same_for_all else peer * numel)
                 if lo < hi:
                     piece = source[lo : min(lo + numel, hi)]
                     room[begin : begin + piece.numel()].copy_(piece)

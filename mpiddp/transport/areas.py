@@ -42,9 +42,8 @@ class Areas:
         or memory costs something before it is touched. Collective."""
         if not memory.is_lazy:
             return None
-        nbytes = [*[AREA_NBYTES] * slots, *[MEETING_AREA_NBYTES] * meetings]
-        starts = [0, *itertools.accumulate(nbytes)]
-        own = memory.segments.empty((starts.pop(),), torch.uint8)
+        *starts, end = cls.bounds(slots, meetings)
+        own = memory.segments.empty((end,), torch.uint8)
         places = comm.allgather(memory.segments.place(own))
         if any(place is None for place in places):
             return None
@@ -56,6 +55,11 @@ class Areas:
         except OSError:
             wholes = []
         return cls(wholes, starts) if all(comm.allgather(bool(wholes))) else None
+
+    @staticmethod
+    def bounds(slots: int, meetings: int) -> list[int]:
+        """Where in a member's memory each area begins, and where the last one ends."""
+        return [0, *itertools.accumulate([*[AREA_NBYTES] * slots, *[MEETING_AREA_NBYTES] * meetings])]
 
     def address(self, member: int, slot: int) -> int:
         """Where a member's area begins, in this process."""

@@ -25,11 +25,12 @@ from ..memory.mapping import Place
 from ..memory.node import NodeMemory
 from ..memory.shared import HEADER_NBYTES, share
 from .areas import Areas
+from .depth import Depth
 from .session import BASE, DONE, WORDS, Meeting, Session
 from .steps import Until
 from .tags import FIRST_TAG, LANE_TAGS, LANES
 
-__all__ = ["MEETING_SLOTS", "PAGE_NBYTES", "Node", "Slot"]
+__all__ = ["MEETINGS_AT", "MEETING_SLOTS", "PAGE_NBYTES", "Node", "Slot"]
 
 #: Slots of negotiated exchanges, of which an engine runs 16 at once, and of each lane.
 _NEGOTIATED_SLOTS = 32
@@ -38,8 +39,8 @@ _LANE_SLOTS = 16
 #: Slots of meetings. Who waits for one has no other in flight but from other threads. With one slot each would wait for
 #: the last one's end on all members; the more slots, the less of what is staged in them stays in the caches.
 MEETING_SLOTS = 2
-_MEETINGS_AT = _NEGOTIATED_SLOTS + LANES * _LANE_SLOTS
-_SLOTS = _MEETINGS_AT + MEETING_SLOTS
+MEETINGS_AT = _NEGOTIATED_SLOTS + LANES * _LANE_SLOTS
+_SLOTS = MEETINGS_AT + MEETING_SLOTS
 
 #: What is packed may be in shared memory up to so many bytes; so many such buffers are kept.
 _LENT_NBYTES = 8 << 20
@@ -82,6 +83,7 @@ class Node:
         self.words = page.cast("q")
         self.local_ranks = list(local_ranks)
         self.areas: Areas | None = None
+        self.depth = Depth()
         self._slots: dict[int, Slot] = {}
         self._spare: list[torch.Tensor] = []
         self._lent: dict[int, torch.Tensor] = {}
@@ -96,7 +98,7 @@ class Node:
         if page is None:
             return None
         node = cls(memoryview(page)[HEADER_NBYTES:], local_ranks, comm.rank, memory)
-        node.areas = Areas.over(comm, local_ranks, memory, _MEETINGS_AT, MEETING_SLOTS)
+        node.areas = Areas.over(comm, local_ranks, memory, MEETINGS_AT, MEETING_SLOTS)
         return node
 
     def enter(self, tag: int) -> Until[Session]:
@@ -120,7 +122,7 @@ class Node:
 
     def meeting_slot(self, key: int) -> Slot:
         """That of the meeting with this number."""
-        number = _MEETINGS_AT + key % MEETING_SLOTS
+        number = MEETINGS_AT + key % MEETING_SLOTS
         slot = self._slots.get(number)
         if slot is None:
             slot = self._slots[number] = Slot(number, number * self.size * WORDS, 0)
@@ -167,7 +169,7 @@ class Node:
                 f"rank {self.rank} of {self.size} on this node: no {nbytes} bytes of shared memory are left to stage "
                 "an exchange in; raise the limit on memory or on open files (ulimit -n)"
             )
-        return stage
+        return stage.zero_()  # page by page it would be taken while copies are timed
 
     def retire_stage(self, stage: torch.Tensor, slot: Slot) -> None:
         """Used up to here: free once all members have ended the exchange that has the slot now."""

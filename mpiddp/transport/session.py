@@ -10,6 +10,7 @@ import torch
 from .steps import Steps
 
 if TYPE_CHECKING:
+    from .depth import Depth
     from .node import Node, Slot
 
 __all__ = [
@@ -34,6 +35,8 @@ WORDS = 16
 ARRIVED, STAGED, REDUCED, TAKEN = range(4)
 #: The base of the last exchange that the member has ended; the meeting that it has published.
 DONE, KEY, FINGERPRINT = 4, 5, 6
+#: How large its staging buffer is.
+_STAGED_NBYTES = 7
 #: Where its tensor lies, and where its staging buffer does: number (0: nowhere), pid and descriptor, size, offset.
 TENSOR, _STAGE = 8, 12
 
@@ -135,7 +138,17 @@ class Session:
         if self._stage is None:
             self._stage = self._node.take_stage(nbytes)
             self._write_place(_STAGE, self._stage)
+            self._words[self._mine + _STAGED_NBYTES] = nbytes
         return self._stage
+
+    @property
+    def depth(self) -> Depth:
+        """What is known of how deep staging buffers should be."""
+        return self._node.depth
+
+    def staged_nbytes(self, peer: int) -> int:
+        """The size of a peer's staging buffer, after it has counted STAGED."""
+        return self._words[self._slot.at + peer * WORDS + _STAGED_NBYTES]
 
     def peer_stage(self, peer: int, nbytes: int) -> torch.Tensor:
         """A peer's staging buffer, or the beginning of it."""

@@ -11,6 +11,7 @@ import torch
 
 from mpiddp.collectives import ReduceOp, chunk_bounds, mapped, select, shared_memory, shared_rounds
 from mpiddp.dtypes import REDUCIBLE, SIXTEEN_BIT
+from mpiddp.transport import depth
 from mpiddp.transport.node import Node
 from tests.collectives.test_allreduce import ORDERED, contribution, expected
 from tests.simulated_node import nodes, on_node
@@ -33,6 +34,10 @@ def many_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(shared_rounds, "BLOCK_NBYTES", 128)
         monkeypatch.setattr(shared_memory, "STAGED_NBYTES", 256)
         monkeypatch.setattr(shared_rounds, "STAGED_NBYTES", 256)
+        monkeypatch.setattr(shared_memory, "LONG_STAGED_NBYTES", 512)
+        monkeypatch.setattr(shared_memory, "_LONG_NBYTES", 4096)
+        monkeypatch.setattr(depth, "SHALLOW_NBYTES", 1024)
+        monkeypatch.setattr(depth, "DEEP_NBYTES", 4096)
         monkeypatch.setattr(shared_memory, "DIRECT_NBYTES", 64)
         monkeypatch.setattr(shared_memory, "STAGED_READ_NBYTES", 4096)
     yield
