@@ -43,7 +43,7 @@ def test_training_steps(mpirun: Any, tmp_path: Path) -> None:
     rows = read(tmp_path / "a.csv")
     assert {row["model"] for row in rows} == {"mlp", "gpt", "small"} and {row["optimizer"] for row in rows} == {"adamw"}
     ways = [row["way"] for row in rows if row["model"] == "small"]
-    assert {"local", "local, fused", "mpiddp", "DDP over gloo"} <= set(ways)
+    assert {"local", "local, fused", "local, beside", "mpiddp", "DDP over gloo"} <= set(ways)
     assert all(float(row["step_ms"]) > 0 for row in rows)
     assert {row["parameters"] for row in rows if row["model"] == "small"} == {"17226"}
 

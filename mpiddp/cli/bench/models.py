@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from ...optimizer import DistributedOptimizer
 
 __all__ = [
+    "BESIDE",
     "DDP",
     "FUSED",
     "LOCAL",
@@ -31,8 +32,10 @@ __all__ = [
 
 OPTIMIZERS = ("sgd", "adamw")
 
-#: Ways of training, as the tables call them. ``local`` steps on every rank at once and exchanges nothing.
-LOCAL, FUSED, OWN, SHARDED, DDP = "local", "local, fused", "mpiddp", "mpiddp sharded", "DDP over gloo"
+#: Ways of training, as the tables call them. ``local`` steps on every rank at once and exchanges nothing; ``beside``
+#: does so in the process in which mpiddp trains, too.
+LOCAL, FUSED, BESIDE = "local", "local, fused", "local, beside"
+OWN, SHARDED, DDP = "mpiddp", "mpiddp sharded", "DDP over gloo"
 
 #: What ``--memory`` may ask for, and the way of training that it means.
 VARIANTS_OF_MEMORY = {"mpiddp": OWN, "sharded": SHARDED, "ddp": DDP, "local": LOCAL}

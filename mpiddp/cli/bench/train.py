@@ -1,13 +1,31 @@
-"""Training steps: local ones, mpiddp's, DDP's over gloo, step by step in turn."""
+"""Training steps: local ones, mpiddp's, DDP's over gloo, step by step in turn.
+
+Local ones run in processes of their own (:mod:`~mpiddp.cli.bench.apart`), and once more beside mpiddp's.
+"""
 
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from ...errors import CollectiveError
+from .apart import Apart
 from .gloo import close_gloo, open_gloo
-from .models import DDP, FUSED, LOCAL, MODELS, OPTIMIZERS, OWN, SHARDED, Model, Training, can_shard, parameter_count
+from .models import (
+    BESIDE,
+    DDP,
+    FUSED,
+    LOCAL,
+    MODELS,
+    OPTIMIZERS,
+    OWN,
+    SHARDED,
+    Model,
+    Training,
+    can_shard,
+    parameter_count,
+)
 from .place import Place, arrive, leave, say
 from .table import Column, Report, Row, number
 from .timing import Limits, Timed, Timing, interleaved
@@ -48,7 +66,7 @@ def run(arguments: Namespace) -> int:
 
 def _ways(peers: Sequence[str], place: Place) -> list[str]:
     """The ways of training that there are; says which are left out."""
-    ways = [LOCAL, FUSED, OWN]
+    ways = [BESIDE, OWN]
     if can_shard():
         ways.append(SHARDED)
     else:
@@ -67,18 +85,22 @@ def _measure(
 ) -> list[Row]:
     """Time one model with one optimizer, in all ways. Collective."""
     model = MODELS[name]
-    trainings = {
-        way: Training(model, arguments.width, arguments.batch_size, optimizer, way, place.rank) for way in ways
-    }
-    found = interleaved([_timed(way, training, model) for way, training in trainings.items()], limits, place.comm)
+    how = arguments.width, arguments.batch_size, optimizer
+    alone = (LOCAL, FUSED)
+    apart = Apart(name, how, alone, place.rank)
+    trainings = {way: Training(model, *how, way, place.rank) for way in ways}
+    timed = [_timed(way, partial(apart.step, way), model, tells_time=True) for way in alone]
+    timed += [_timed(way, training.step, model) for way, training in trainings.items()]
+    found = interleaved(timed, limits, place.comm)
+    apart.close()
     for way, training in trainings.items():
-        if way not in (LOCAL, FUSED):
+        if way != BESIDE:
             _check(f"{name} with {optimizer}, {way}", training, place)
-    return rows(found, name, parameter_count(trainings[LOCAL].module), optimizer, place.size)
+    return rows(found, name, parameter_count(trainings[OWN].module), optimizer, place.size)
 
 
-def _timed(way: str, training: Training, model: Model) -> Timed:
-    return Timed(way, lambda: [training.step] * (model.steps + 1))
+def _timed(way: str, step: Callable[[], object], model: Model, tells_time: bool = False) -> Timed:
+    return Timed(way, lambda: [step] * (model.steps + 1), tells_time)
 
 
 def _check(what: str, training: Training, place: Place) -> None:
