@@ -21,8 +21,10 @@ _JOIN_S = 10.0
 
 
 class Apart:
-    """The process of one rank, which trains one model in several ``ways``, a step whenever it is told to. ``how``: width,
-    samples and optimizer."""
+    """The process of one rank, which trains one model in several ``ways``, a step whenever it is told to.
+
+    ``how``: width, samples and optimizer.
+    """
 
     def __init__(self, model: str, how: tuple[int, int | None, str], ways: Sequence[str], rank: int) -> None:
         context = multiprocessing.get_context("spawn")
