@@ -24,8 +24,8 @@ _SLOW_S = 0.0015
 _LEAST_S = 0.00003
 
 #: The longer somebody has waited, the longer he may sleep at a time: he hears of the end too late by at most this part
-#: of his waiting. 1 ms are 125 KB at 1 Gbit/s; with 0.5 ms at the most 32 MiB took an eighth more of the CPU, and with 2
-#: ms they took longer.
+#: of his waiting. 1 ms are 125 KB at 1 Gbit/s. With 0.5 ms at the most 32 MiB took an eighth more of the CPU; with 2 ms
+#: they took longer.
 _SLEEP_S, _SLEEP_PART, _LONGEST_SLEEP_S = 0.0002, 1 / 64, 0.001
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -32,12 +33,14 @@ if TYPE_CHECKING:
 __all__ = ["Recipe", "ending", "learn"]
 
 #: Looks for those who have not come yet before the request goes the usual way; after each few the core is given away.
+#: Nobody else pushes meanwhile: so not for longer than this, where others take the core.
 _LOOKS, _YIELDS_AFTER = 400, 7
+_LONGEST_S = 0.002
 
 #: Kinds of which one knows what to do.
-_MOST_RECIPES = 512
+_MOST_RECIPES = 128
 
-_memmove, _sched_yield = ctypes.memmove, os.sched_yield
+_memmove, _sched_yield, _monotonic = ctypes.memmove, os.sched_yield, time.monotonic
 
 
 class _Place:
@@ -145,13 +148,15 @@ class Recipe:
 
         None counts so in another: no later one has the slot before this one has ended.
         """
-        words, mark, looks = self._words, self._mark, 0
+        words, mark, looks, until_s = self._words, self._mark, 0, 0.0
         for at in peers:
             while words[at + counter] != counted or words[at + FINGERPRINT] != mark:
-                if looks == _LOOKS:
-                    return False
                 looks += 1
                 if looks & _YIELDS_AFTER == _YIELDS_AFTER:
+                    now = _monotonic()
+                    until_s = until_s or now + _LONGEST_S
+                    if looks >= _LOOKS or now > until_s:
+                        return False
                     _sched_yield()
         return True
 
