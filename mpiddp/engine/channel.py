@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
+from weakref import ref
 
 from .. import trace
 from ..errors import MpiddpError
@@ -44,7 +45,8 @@ class Channel:
     def __init__(self, link: Link, port: Port, ranks: Sequence[int], fusion_nbytes: int, segment_nbytes: int) -> None:
         self.link, self.port, self.ranks = link, port, tuple(ranks)
         self.where = self.ranks, -1  # of what is negotiated here
-        self.names: dict[str, Handle] = {}  # in flight on this rank, or finished and not yet forgotten
+        # Under which names something is in flight on this rank. Weak: who waits keeps the tensors, and nobody else.
+        self.names: dict[str, ref[Request]] = {}
         self.unnamed = 0
         self.recipes: dict[Any, Recipe] = {}  # of all-reduces that have met, by what tells them apart
         self.submitted: deque[Request] = deque()

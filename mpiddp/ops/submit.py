@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from weakref import ref
 
 import torch
 
@@ -127,7 +128,7 @@ def submit(
     if is_cuda:
         request.passage = channel.link.ways.devices.depart(flat)
     if isinstance(key, str):
-        channel.names[key] = request
+        channel.names[key] = ref(request)
     engine = runtime.current().engine
     return meet_at_once(engine, channel, request) if meets else engine.submit(channel, request)
 
@@ -145,14 +146,15 @@ def _remember(described: Any) -> Signature:
 
 def claim(channel: Channel, name: str) -> None:
     """Raise DuplicateNameError if ``name`` is in flight here."""
-    earlier = channel.names.get(name)
+    found = channel.names.get(name)
+    earlier = None if found is None else found()
     if earlier is not None and not earlier.done:
         raise DuplicateNameError(
             f"{name!r} is in flight on rank {channel.ranks[channel.link.rank]} already: synchronize its handle first, "
             "or use another name"
         )
     if len(channel.names) >= _REMEMBERED:
-        channel.names = {n: handle for n, handle in channel.names.items() if not handle.done}
+        channel.names = {n: found for n, found in channel.names.items() if (it := found()) is not None and not it.done}
 
 
 @uncompiled
