@@ -14,6 +14,7 @@ import torch
 
 from .. import runtime
 from ..ops import Handle, broadcast_async_, synchronize
+from ..ops.submit import part_name
 from ..process_set import ProcessSet, global_process_set
 
 __all__ = ["broadcast_bytes", "broadcast_tensors", "check_root"]
@@ -67,9 +68,7 @@ def _submit(
 ) -> list[Handle]:
     pieces = torch.split(flat, PIECE_NBYTES) if flat.numel() else ()
     return [
-        broadcast_async_(
-            piece, root_rank, name if name is None or number == 0 else f"{name}.piece{number}", process_set
-        )
+        broadcast_async_(piece, root_rank, part_name(name, f"piece{number}") if number else name, process_set)
         for number, piece in enumerate(pieces)
     ]
 

@@ -14,7 +14,7 @@ from ..op import Adasum, Average, Op, Sum, resolve
 from ..process_set import ProcessSet, global_process_set
 from .move import allgather
 from .reduce import apart, check_op
-from .submit import channel_of, dense, in_place, submit, synchronize
+from .submit import channel_of, dense, factor, in_place, resolved, submit, synchronize
 
 __all__ = [
     "alltoall",
@@ -115,8 +115,8 @@ def scatter(
         name,
         deliver=lambda shard: shard,
         op=reduction,
-        prescale=prescale,
-        scale=postscale / divisor,
+        prescale=factor(prescale),
+        scale=factor(postscale) / divisor,
         group=group,
     )
 

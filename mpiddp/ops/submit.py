@@ -16,7 +16,20 @@ from ..errors import ArgumentError, DuplicateNameError
 from ..process_set import ProcessSet, global_process_set
 from ..uncompiled import uncompiled
 
-__all__ = ["channel_of", "claim", "dense", "in_place", "poll", "submit", "synchronize", "wait_for"]
+__all__ = [
+    "channel_of",
+    "claim",
+    "dense",
+    "factor",
+    "in_place",
+    "named",
+    "part_name",
+    "poll",
+    "resolved",
+    "submit",
+    "synchronize",
+    "wait_for",
+]
 
 #: Names and signatures are looked through, or forgotten, when there are this many.
 _REMEMBERED = 4096
@@ -51,6 +64,32 @@ def dense(value: object, what: str) -> torch.Tensor:
             "sparse_allreduce_async"
         )
     return value.detach() if value.requires_grad else value
+
+
+def named(name: str) -> str:
+    """``name`` as a plain str, which is what travels, whatever class of strings it is of."""
+    if not isinstance(name, str):
+        raise TypeError(f"a name is a str, not a {type(name).__name__}: {name!r}")
+    return str.__str__(name)
+
+
+def part_name(name: str | None, part: object) -> str | None:
+    """The name of one of the operations that serve the one called ``name``: None if that has none."""
+    return None if name is None else f"{named(name)}.{part}"
+
+
+def factor(value: Any) -> float:
+    """A scale factor as a plain float, which is what travels; numbers of NumPy's and tensors of one element serve."""
+    if type(value) is float:
+        return value
+    if isinstance(value, (str, bytes)):
+        raise TypeError(f"a factor is a number, not a {type(value).__name__}: {value!r}")
+    return float(value)
+
+
+def resolved(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor``, or a copy in whose memory lies what it is: that of a conjugate or negative view is something else."""
+    return tensor.resolve_conj().resolve_neg() if tensor.is_conj() or tensor.is_neg() else tensor
 
 
 def in_place(tensor: torch.Tensor) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor] | None]:
@@ -96,8 +135,8 @@ def submit(
 ) -> Request:
     """Hand one collective to the engine. ``flat`` is what travels; ``tensor`` is what the caller gave.
 
-    ``name`` is a name, None, or the number that a group without a name has given. Nothing is scaled or sent, and no
-    number used up, where it raises.
+    ``name`` is a name, None, or, in a group, what the group has given it. Nothing is scaled or sent, and no number used
+    up, where it raises. ``prescale`` and ``scale`` are floats: see :func:`factor`.
     """
     device = tensor.device.type
     is_cuda = device == "cuda"
@@ -114,7 +153,7 @@ def submit(
         channel.unnamed += 1
         key = channel.unnamed
     else:
-        key = name
+        key = name if group else named(name)  # type: ignore[arg-type]
         if isinstance(key, str):
             claim(channel, key)
     if prescale != 1.0:
