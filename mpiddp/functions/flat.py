@@ -92,7 +92,7 @@ class _Window:
     def __init__(self, tensors: Sequence[torch.Tensor], root_rank: int, name: str) -> None:
         self._tensors = tensors
         self._root = root_rank
-        self._packed = len(tensors) > 1 or not tensors[0].is_contiguous() or tensors[0].device.type != "cpu"
+        self._packed = len(tensors) > 1 or not _lies_as_it_is(tensors[0])
         self._flat = self._pack() if self._packed else tensors[0].detach().reshape(-1).view(torch.uint8)
         self._handles = _submit(self._flat, root_rank, name)
 
@@ -118,6 +118,11 @@ class _Window:
         for tensor in self._tensors:
             yield flat[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
             offset += _aligned(tensor.nbytes)
+
+
+def _lies_as_it_is(tensor: torch.Tensor) -> bool:
+    """Whether the content can be sent from where it lies."""
+    return tensor.is_contiguous() and tensor.device.type == "cpu" and not (tensor.is_conj() or tensor.is_neg())
 
 
 def _aligned(nbytes: int) -> int:

@@ -210,7 +210,7 @@ def _reduce_waiting(
             return answer
     handle = reduce_into(channel, result, answer, name, op, average, prescale, postscale, blocking=True)
     wait_for(handle)
-    if kind is not None:
+    if kind is not None and not result.is_complex():  # of which a view may be conjugate
         learn(channel, kind, handle)
     return answer
 

@@ -62,7 +62,7 @@ def alltoall_async(
     def deliver(answer: tuple[torch.Tensor, torch.Tensor]) -> Any:
         return answer[0] if splits is None else (answer[0], answer[1].to(device))
 
-    flat = own.contiguous().view(-1)
+    flat = resolved(own).contiguous().view(-1)
     return submit(channel, Kind.ALLTOALL, own, flat, name, deliver=deliver, shape=tuple(own.shape[1:]), extent=extent)
 
 

@@ -101,16 +101,19 @@ def in_place(tensor: torch.Tensor) -> tuple[torch.Tensor, Callable[[torch.Tensor
 
 
 def _in_place(tensor: torch.Tensor) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor] | None]:
-    if tensor.is_contiguous():
+    if tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg()):
         return tensor if tensor.ndim == 1 else tensor.view(-1), None
-    flat = tensor.contiguous().view(-1)
+    flat = resolved(tensor).contiguous().view(-1)
     return flat, lambda flat: tensor.copy_(flat.view(tensor.shape))
 
 
 def _writable(tensor: torch.Tensor) -> torch.Tensor:
     """The same memory as a tensor that may be written outside inference mode, where exchanges are resumed."""
     alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    return alias.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
+    alias.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
+    if tensor.is_conj():
+        alias = alias.conj()
+    return torch._neg_view(alias) if tensor.is_neg() else alias
 
 
 @uncompiled
