@@ -13,7 +13,7 @@ from typing import Any
 from weakref import ref
 
 from .. import trace
-from ..errors import MpiddpError
+from ..errors import ArgumentError, MpiddpError
 from ..transport.base import Link, Steps
 from ..transport.control import Port
 from .coordinator import Coordinator
@@ -276,6 +276,15 @@ class Channel:
         self.submitted.clear()
         self.member.waiting.clear()
         self.running.clear()
+
+    def retire(self, why: str) -> None:
+        """Nobody pushes this any more: what is here fails, and what comes later raises, with an ArgumentError."""
+
+        def refuse() -> None:
+            raise ArgumentError(why)
+
+        self.wake = refuse
+        self.fail_all(ArgumentError(why))
 
     def close(self, is_clean: bool) -> None:
         """Give back what the link's GPUs hold. ``is_clean``: nothing is under way, here or elsewhere."""
