@@ -130,7 +130,9 @@ class ProcessSets:
         number = process_set.process_set_id
         assert number is not None
         if process_set.channel is not None:
-            self._engine.remove(process_set.channel)
+            self._engine.remove(
+                process_set.channel, f"{process_set!r} has been removed: what was made for it cannot be used any more"
+            )
         comm = self._comms.pop(number, None)
         if comm is not None and free:
             comm.Free()

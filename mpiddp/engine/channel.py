@@ -10,9 +10,10 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
+from weakref import ref
 
 from .. import trace
-from ..errors import MpiddpError
+from ..errors import ArgumentError, MpiddpError
 from ..transport.base import Link, Steps
 from ..transport.control import Port
 from .coordinator import Coordinator
@@ -44,7 +45,8 @@ class Channel:
     def __init__(self, link: Link, port: Port, ranks: Sequence[int], fusion_nbytes: int, segment_nbytes: int) -> None:
         self.link, self.port, self.ranks = link, port, tuple(ranks)
         self.where = self.ranks, -1  # of what is negotiated here
-        self.names: dict[str, Handle] = {}  # in flight on this rank, or finished and not yet forgotten
+        # Under which names something is in flight on this rank. Weak: who waits keeps the tensors, and nobody else.
+        self.names: dict[str, ref[Request]] = {}
         self.unnamed = 0
         self.recipes: dict[Any, Recipe] = {}  # of all-reduces that have met, by what tells them apart
         self.submitted: deque[Request] = deque()
@@ -274,6 +276,15 @@ class Channel:
         self.submitted.clear()
         self.member.waiting.clear()
         self.running.clear()
+
+    def retire(self, why: str) -> None:
+        """Nobody pushes this any more: what is here fails, and what comes later raises, with an ArgumentError."""
+
+        def refuse() -> None:
+            raise ArgumentError(why)
+
+        self.wake = refuse
+        self.fail_all(ArgumentError(why))
 
     def close(self, is_clean: bool) -> None:
         """Give back what the link's GPUs hold. ``is_clean``: nothing is under way, here or elsewhere."""

@@ -73,9 +73,11 @@ class Engine:
             self._stalls.watch(channel)
         self.channels = [*self.channels, channel]
 
-    def remove(self, channel: Channel) -> None:
-        """Push ``channel`` no more."""
+    def remove(self, channel: Channel, why: str) -> None:
+        """Push ``channel`` no more; whoever uses it still, such as an optimizer, gets an error that says ``why``."""
         self.channels = [other for other in self.channels if other is not channel]
+        if self._stopped is None:
+            self.alone(lambda: channel.retire(why))
 
     @uncompiled
     def submit(self, channel: Channel, request: Request) -> Request:

@@ -121,7 +121,7 @@ class Request(Handle):
     since the caller waits and they share memory.
     """
 
-    __slots__ = ("answer", "deliver", "eager", "extent", "flat", "key", "meets", "signature")
+    __slots__ = ("__weakref__", "answer", "deliver", "eager", "extent", "flat", "key", "meets", "signature")
 
     def __init__(
         self,

@@ -14,6 +14,7 @@ import torch
 
 from .. import runtime
 from ..ops import Handle, broadcast_async_, synchronize
+from ..ops.submit import part_name
 from ..process_set import ProcessSet, global_process_set
 
 __all__ = ["broadcast_bytes", "broadcast_tensors", "check_root"]
@@ -67,9 +68,7 @@ def _submit(
 ) -> list[Handle]:
     pieces = torch.split(flat, PIECE_NBYTES) if flat.numel() else ()
     return [
-        broadcast_async_(
-            piece, root_rank, name if name is None or number == 0 else f"{name}.piece{number}", process_set
-        )
+        broadcast_async_(piece, root_rank, part_name(name, f"piece{number}") if number else name, process_set)
         for number, piece in enumerate(pieces)
     ]
 
@@ -93,7 +92,7 @@ class _Window:
     def __init__(self, tensors: Sequence[torch.Tensor], root_rank: int, name: str) -> None:
         self._tensors = tensors
         self._root = root_rank
-        self._packed = len(tensors) > 1 or not tensors[0].is_contiguous() or tensors[0].device.type != "cpu"
+        self._packed = len(tensors) > 1 or not _lies_as_it_is(tensors[0])
         self._flat = self._pack() if self._packed else tensors[0].detach().reshape(-1).view(torch.uint8)
         self._handles = _submit(self._flat, root_rank, name)
 
@@ -119,6 +118,11 @@ class _Window:
         for tensor in self._tensors:
             yield flat[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
             offset += _aligned(tensor.nbytes)
+
+
+def _lies_as_it_is(tensor: torch.Tensor) -> bool:
+    """Whether the content can be sent from where it lies."""
+    return tensor.is_contiguous() and tensor.device.type == "cpu" and not (tensor.is_conj() or tensor.is_neg())
 
 
 def _aligned(nbytes: int) -> int:

@@ -19,7 +19,7 @@ from .. import runtime
 from ..device import local_device
 from ..errors import MpiddpError
 from ..ops import allgather, broadcast_
-from ..ops.submit import channel_of
+from ..ops.submit import channel_of, part_name
 from ..process_set import ProcessSet, global_process_set
 from .flat import broadcast_bytes, check_root
 
@@ -52,11 +52,11 @@ def broadcast_object(
         return obj
     length, flat, cause = _pickled(obj) if is_root else (0, torch.empty(0, dtype=torch.uint8, device="cpu"), None)
     header = torch.tensor([length], dtype=torch.int64, device="cpu")
-    broadcast_(header, root_rank, name and f"{name}.length", process_set)
+    broadcast_(header, root_rank, part_name(name, "length"), process_set)
     length = int(header)
     if not is_root:
         flat = torch.empty(abs(length), dtype=torch.uint8, device="cpu")
-    broadcast_bytes(flat, root_rank, name and f"{name}.bytes", process_set)
+    broadcast_bytes(flat, root_rank, part_name(name, "bytes"), process_set)
     if length < 0:
         raise MpiddpError(f"broadcast_object: rank {root_rank} could not pickle its object: {_text(flat)}") from cause
     return obj if is_root else _unpickled(flat)
@@ -74,8 +74,8 @@ def allgather_object(obj: Any, name: str | None = None, process_set: ProcessSet 
     length, flat, cause = _pickled(obj)
     ranks = channel_of(process_set).ranks
     header = torch.tensor([length], dtype=torch.int64, device="cpu")
-    lengths = allgather(header, name and f"{name}.lengths", process_set).tolist()
-    parts = torch.split(allgather(flat, name and f"{name}.bytes", process_set), [abs(n) for n in lengths])
+    lengths = allgather(header, part_name(name, "lengths"), process_set).tolist()
+    parts = torch.split(allgather(flat, part_name(name, "bytes"), process_set), [abs(n) for n in lengths])
     failures = [f"rank {ranks[at]} ({_text(parts[at])})" for at, n in enumerate(lengths) if n < 0]
     if failures:
         raise MpiddpError(f"allgather_object: an object could not be pickled on {', '.join(failures)}") from cause

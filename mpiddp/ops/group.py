@@ -17,7 +17,7 @@ from ..process_set import ProcessSet, global_process_set
 from .move import allgather, gather
 from .reduce import apart, check_op, reduce_into
 from .scatter import check_scatter, scatter, scatter_gradient
-from .submit import channel_of, claim, dense, synchronize
+from .submit import channel_of, claim, dense, factor, named, synchronize
 
 __all__ = [
     "GroupHandle",
@@ -84,6 +84,7 @@ def _submit_group(
         number = channel.unnamed
         keys = [number, *((number, place) for place in range(1, len(own)))]
     else:
+        name = named(name)
         names = [f"{name}.{place}" for place in range(len(own))]
         for key in names:
             claim(channel, key)
@@ -110,10 +111,11 @@ def grouped_allreduce_async(
 ) -> GroupHandle:
     """:func:`grouped_allreduce` that returns a handle at once."""
     check = _check_reduction(op, average, process_set)
+    factors = factor(prescale_factor), factor(postscale_factor)
 
     def submit(channel: Channel, own: torch.Tensor, _: torch.Tensor, key: Key, group: _Group) -> Handle:
         copy = apart(own)
-        return reduce_into(channel, copy, copy, key, op, average, prescale_factor, postscale_factor, group=group)
+        return reduce_into(channel, copy, copy, key, op, average, *factors, group=group)
 
     return _submit_group(tensors, "grouped_allreduce", name, process_set, check, submit)
 
@@ -129,9 +131,10 @@ def grouped_allreduce_async_(
 ) -> GroupHandle:
     """:func:`grouped_allreduce_` that returns a handle at once."""
     check = _check_reduction(op, average, process_set)
+    factors = factor(prescale_factor), factor(postscale_factor)
 
     def submit(channel: Channel, own: torch.Tensor, tensor: torch.Tensor, key: Key, group: _Group) -> Handle:
-        return reduce_into(channel, own, tensor, key, op, average, prescale_factor, postscale_factor, group=group)
+        return reduce_into(channel, own, tensor, key, op, average, *factors, group=group)
 
     return _submit_group(tensors, "grouped_allreduce_", name, process_set, check, submit)
 
@@ -201,9 +204,10 @@ def grouped_reducescatter_async(
     postscale_factor: float = 1.0,
 ) -> GroupHandle:
     """:func:`grouped_reducescatter` that returns a handle at once."""
+    factors = factor(prescale_factor), factor(postscale_factor)
 
     def submit(channel: Channel, own: torch.Tensor, _: torch.Tensor, key: Key, group: _Group) -> Handle:
-        return scatter(channel, own, key, op, prescale_factor, postscale_factor, group)
+        return scatter(channel, own, key, op, *factors, group)
 
     check = partial(check_scatter, op=op)
     return _submit_group(tensors, "grouped_reducescatter", name, process_set, check, submit)

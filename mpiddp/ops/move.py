@@ -12,7 +12,7 @@ from ..errors import ArgumentError
 from ..op import Average
 from ..process_set import ProcessSet, global_process_set
 from .reduce import allreduce, apart
-from .submit import channel_of, dense, in_place, submit, wait_for
+from .submit import channel_of, dense, in_place, resolved, submit, wait_for
 
 __all__ = [
     "allgather",
@@ -93,9 +93,7 @@ def gather(
     blocking: bool = False,
 ) -> Handle:
     """Submit an all-gather."""
-    rows = tensor.view(1) if tensor.dim() == 0 else tensor
-    if rows.is_conj() or rows.is_neg():  # what lies in memory is not what it is
-        rows = rows.resolve_conj().resolve_neg()
+    rows = resolved(tensor.view(1) if tensor.dim() == 0 else tensor)
     return submit(
         channel,
         Kind.ALLGATHER,

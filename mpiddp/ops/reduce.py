@@ -13,7 +13,7 @@ from ..engine import Channel, Handle, Key, Kind, Request, follow_at_once, learn
 from ..errors import ArgumentError
 from ..op import Average, Op, Product, Sum, resolve
 from ..process_set import ProcessSet, global_process_set
-from .submit import channel_of, dense, in_place, submit, wait_for
+from .submit import channel_of, dense, factor, in_place, submit, wait_for
 
 __all__ = [
     "all_ranks",
@@ -78,8 +78,8 @@ def reduce_into(
         deliver=deliver,
         answer=answer,
         op=reduction,
-        prescale=prescale,
-        scale=postscale / divisor,
+        prescale=factor(prescale),
+        scale=factor(postscale) / divisor,
         group=group,
         blocking=blocking,
     )
@@ -210,7 +210,7 @@ def _reduce_waiting(
             return answer
     handle = reduce_into(channel, result, answer, name, op, average, prescale, postscale, blocking=True)
     wait_for(handle)
-    if kind is not None:
+    if kind is not None and not result.is_complex():  # of which a view may be conjugate
         learn(channel, kind, handle)
     return answer
 

@@ -14,7 +14,7 @@ from ..op import Adasum, Average, Op, Sum, resolve
 from ..process_set import ProcessSet, global_process_set
 from .move import allgather
 from .reduce import apart, check_op
-from .submit import channel_of, dense, in_place, submit, synchronize
+from .submit import channel_of, dense, factor, in_place, resolved, submit, synchronize
 
 __all__ = [
     "alltoall",
@@ -62,7 +62,7 @@ def alltoall_async(
     def deliver(answer: tuple[torch.Tensor, torch.Tensor]) -> Any:
         return answer[0] if splits is None else (answer[0], answer[1].to(device))
 
-    flat = own.contiguous().view(-1)
+    flat = resolved(own).contiguous().view(-1)
     return submit(channel, Kind.ALLTOALL, own, flat, name, deliver=deliver, shape=tuple(own.shape[1:]), extent=extent)
 
 
@@ -115,8 +115,8 @@ def scatter(
         name,
         deliver=lambda shard: shard,
         op=reduction,
-        prescale=prescale,
-        scale=postscale / divisor,
+        prescale=factor(prescale),
+        scale=factor(postscale) / divisor,
         group=group,
     )
 

@@ -12,7 +12,7 @@ from ..op import Average, Op, Sum
 from ..process_set import ProcessSet, global_process_set
 from .group import GroupHandle
 from .move import gather
-from .submit import channel_of, claim, synchronize
+from .submit import channel_of, claim, part_name, synchronize
 
 __all__ = ["sparse_allreduce_async"]
 
@@ -34,7 +34,7 @@ def sparse_allreduce_async(
     purpose = f"{op!r} of sparse tensors of shape {tuple(own.shape)}"
     parts = [("indices", own.indices().t().contiguous()), ("values", own.values())]
     dtypes.check(own.dtype)
-    names = [None if name is None else f"{name}.{what}" for what, _ in parts]
+    names = [part_name(name, what) for what, _ in parts]
     for key in filter(None, names):
         claim(channel, key)
     handles = [gather(channel, part, key, purpose=purpose) for key, (_, part) in zip(names, parts, strict=True)]

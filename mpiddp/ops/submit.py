@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from weakref import ref
 
 import torch
 
@@ -15,7 +16,20 @@ from ..errors import ArgumentError, DuplicateNameError
 from ..process_set import ProcessSet, global_process_set
 from ..uncompiled import uncompiled
 
-__all__ = ["channel_of", "claim", "dense", "in_place", "poll", "submit", "synchronize", "wait_for"]
+__all__ = [
+    "channel_of",
+    "claim",
+    "dense",
+    "factor",
+    "in_place",
+    "named",
+    "part_name",
+    "poll",
+    "resolved",
+    "submit",
+    "synchronize",
+    "wait_for",
+]
 
 #: Names and signatures are looked through, or forgotten, when there are this many.
 _REMEMBERED = 4096
@@ -52,6 +66,32 @@ def dense(value: object, what: str) -> torch.Tensor:
     return value.detach() if value.requires_grad else value
 
 
+def named(name: str) -> str:
+    """``name`` as a plain str, which is what travels, whatever class of strings it is of."""
+    if not isinstance(name, str):
+        raise TypeError(f"a name is a str, not a {type(name).__name__}: {name!r}")
+    return str.__str__(name)
+
+
+def part_name(name: str | None, part: object) -> str | None:
+    """The name of one of the operations that serve the one called ``name``: None if that has none."""
+    return None if name is None else f"{named(name)}.{part}"
+
+
+def factor(value: Any) -> float:
+    """A scale factor as a plain float, which is what travels; numbers of NumPy's and tensors of one element serve."""
+    if type(value) is float:
+        return value
+    if isinstance(value, (str, bytes)):
+        raise TypeError(f"a factor is a number, not a {type(value).__name__}: {value!r}")
+    return float(value)
+
+
+def resolved(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor``, or a copy in whose memory lies what it is: that of a conjugate or negative view is something else."""
+    return tensor.resolve_conj().resolve_neg() if tensor.is_conj() or tensor.is_neg() else tensor
+
+
 def in_place(tensor: torch.Tensor) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor] | None]:
     """A flat tensor to work on, and how its content becomes that of ``tensor``: nothing to do where it is the same."""
     if tensor.is_inference():
@@ -61,16 +101,19 @@ def in_place(tensor: torch.Tensor) -> tuple[torch.Tensor, Callable[[torch.Tensor
 
 
 def _in_place(tensor: torch.Tensor) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor] | None]:
-    if tensor.is_contiguous():
+    if tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg()):
         return tensor if tensor.ndim == 1 else tensor.view(-1), None
-    flat = tensor.contiguous().view(-1)
+    flat = resolved(tensor).contiguous().view(-1)
     return flat, lambda flat: tensor.copy_(flat.view(tensor.shape))
 
 
 def _writable(tensor: torch.Tensor) -> torch.Tensor:
     """The same memory as a tensor that may be written outside inference mode, where exchanges are resumed."""
     alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    return alias.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
+    alias.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
+    if tensor.is_conj():
+        alias = alias.conj()
+    return torch._neg_view(alias) if tensor.is_neg() else alias
 
 
 @uncompiled
@@ -95,8 +138,8 @@ def submit(
 ) -> Request:
     """Hand one collective to the engine. ``flat`` is what travels; ``tensor`` is what the caller gave.
 
-    ``name`` is a name, None, or the number that a group without a name has given. Nothing is scaled or sent, and no
-    number used up, where it raises.
+    ``name`` is a name, None, or, in a group, what the group has given it. Nothing is scaled or sent, and no number used
+    up, where it raises. ``prescale`` and ``scale`` are floats: see :func:`factor`.
     """
     device = tensor.device.type
     is_cuda = device == "cuda"
@@ -113,7 +156,7 @@ def submit(
         channel.unnamed += 1
         key = channel.unnamed
     else:
-        key = name
+        key = name if group else named(name)  # type: ignore[arg-type]
         if isinstance(key, str):
             claim(channel, key)
     if prescale != 1.0:
@@ -127,7 +170,7 @@ def submit(
     if is_cuda:
         request.passage = channel.link.ways.devices.depart(flat)
     if isinstance(key, str):
-        channel.names[key] = request
+        channel.names[key] = ref(request)
     engine = runtime.current().engine
     return meet_at_once(engine, channel, request) if meets else engine.submit(channel, request)
 
@@ -145,14 +188,15 @@ def _remember(described: Any) -> Signature:
 
 def claim(channel: Channel, name: str) -> None:
     """Raise DuplicateNameError if ``name`` is in flight here."""
-    earlier = channel.names.get(name)
+    found = channel.names.get(name)
+    earlier = None if found is None else found()
     if earlier is not None and not earlier.done:
         raise DuplicateNameError(
             f"{name!r} is in flight on rank {channel.ranks[channel.link.rank]} already: synchronize its handle first, "
             "or use another name"
         )
     if len(channel.names) >= _REMEMBERED:
-        channel.names = {n: handle for n, handle in channel.names.items() if not handle.done}
+        channel.names = {n: found for n, found in channel.names.items() if (it := found()) is not None and not it.done}
 
 
 @uncompiled

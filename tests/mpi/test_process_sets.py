@@ -282,3 +282,24 @@ def test_functions_in_a_set(world: Any) -> None:
         if rank > 0:
             assert world.broadcast_object([rank], root_rank=size - 1, process_set=rest) == [size - 1]
         assert world.allgather_object(rank) == list(range(size))
+
+
+@pytest.mark.parametrize("shard", [False, True])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_an_optimizer_of_a_set_that_is_gone(world: Any, steps: int, shard: bool) -> None:
+    """Whoever trains on gets an error that names the set, in place of a wait without end."""
+    with added(world, list(range(world.size() - 1)) or [0], [world.size() - 1]) as sets:
+        mine = next(one for one in sets if one.included())
+        model = torch.nn.Linear(2, 1)
+        optimizer = world.DistributedOptimizer(
+            torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters(), process_set=mine, shard=shard
+        )
+        for _ in range(steps):
+            model(torch.ones(1, 2)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        ranks = mine.ranks
+    for _ in range(2):
+        with pytest.raises(ValueError, match=rf"ProcessSet\(id=\d+, ranks=\[{ranks[0]}.*\) has been removed"):
+            model(torch.ones(1, 2)).sum().backward()
+    assert world.allreduce(torch.ones(1), op=world.Sum).item() == world.size()

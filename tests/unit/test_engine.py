@@ -13,8 +13,9 @@ from mpiddp.engine.bucket import fuse
 from mpiddp.engine.coordinator import Coordinator
 from mpiddp.engine.member import Member
 from mpiddp.engine.request import Signature
-from mpiddp.engine.wire import TABLE_ENTRIES
-from mpiddp.errors import MismatchError, MpiddpError
+from mpiddp.engine.wire import NEWS, TABLE_ENTRIES
+from mpiddp.errors import ArgumentError, MismatchError, MpiddpError
+from mpiddp.transport.base import Steps
 from tests.simulated_world import World
 from tests.simulation import Deadlock
 
@@ -143,6 +144,30 @@ def test_a_stopped_engine_says_so() -> None:
         world.engines[0].wait(handle)
     with pytest.raises(MpiddpError, match="over"):
         world.allreduce(0, "y", [1.0])
+
+
+def test_a_channel_that_is_removed_fails_what_is_in_flight_and_what_comes() -> None:
+    world = World(2)
+    engine, channel = world.engines[0], world.channels[0]
+    lane = channel.lane()
+
+    def never(*_: object) -> Steps:
+        while True:
+            yield None
+
+    named, begun = world.allreduce(0, "x", [1.0]), lane.launch("begun", never)
+    engine.push()
+    launched = lane.launch("launched", never)
+    engine.remove(channel, "the set is gone")
+    for handle in (named, begun, launched):
+        with pytest.raises(ArgumentError, match="the set is gone"):
+            engine.wait(handle)
+    for _ in range(2):
+        with pytest.raises(ArgumentError, match="the set is gone"):
+            lane.launch("later", never)
+    with pytest.raises(ArgumentError, match="the set is gone"):
+        channel.tell_coordinator(NEWS, "topic")
+    assert not engine.pending() and not channel.launches
 
 
 @pytest.mark.parametrize(
