@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import ref
 
 from .. import trace
@@ -27,11 +27,13 @@ from .member import Member, Run
 from .mismatch import ERRORS
 from .notices import heed
 from .presence import Presence
-from .prompt import Recipe
 from .request import Handle, Kind, Request
 from .running import Running
 from .starting import Starting
 from .wire import GONE, LEFT, pack, unpack
+
+if TYPE_CHECKING:
+    from .prompt import Recipe
 
 __all__ = ["Channel"]
 
