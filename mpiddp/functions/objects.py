@@ -19,7 +19,7 @@ from .. import runtime
 from ..device import local_device
 from ..errors import MpiddpError
 from ..ops import allgather, broadcast_
-from ..ops.submit import channel_of, part_name
+from ..ops.submit import channel_of, part_names
 from ..process_set import ProcessSet, global_process_set
 from .flat import broadcast_bytes, check_root
 
@@ -45,18 +45,20 @@ def broadcast_object(
         ValueError: ``root_rank`` is no member.
         MpiddpError: on every rank, naming the root: it could not pickle its object.
     """
-    members = channel_of(process_set).ranks
+    channel = channel_of(process_set)
+    members = channel.ranks
     check_root(root_rank, members)
     is_root = runtime.rank() == root_rank
     if len(members) == 1:
         return obj
+    names = part_names(channel, name, "length", "bytes")
     length, flat, cause = _pickled(obj) if is_root else (0, torch.empty(0, dtype=torch.uint8, device="cpu"), None)
     header = torch.tensor([length], dtype=torch.int64, device="cpu")
-    broadcast_(header, root_rank, part_name(name, "length"), process_set)
+    broadcast_(header, root_rank, names[0], process_set)
     length = int(header)
     if not is_root:
         flat = torch.empty(abs(length), dtype=torch.uint8, device="cpu")
-    broadcast_bytes(flat, root_rank, part_name(name, "bytes"), process_set)
+    broadcast_bytes(flat, root_rank, names[1], process_set)
     if length < 0:
         raise MpiddpError(f"broadcast_object: rank {root_rank} could not pickle its object: {_text(flat)}") from cause
     return obj if is_root else _unpickled(flat)
@@ -71,11 +73,12 @@ def allgather_object(obj: Any, name: str | None = None, process_set: ProcessSet 
     Raises:
         MpiddpError: on every rank, naming the ranks that could not pickle their object.
     """
+    channel = channel_of(process_set)
+    ranks, names = channel.ranks, part_names(channel, name, "lengths", "bytes")
     length, flat, cause = _pickled(obj)
-    ranks = channel_of(process_set).ranks
     header = torch.tensor([length], dtype=torch.int64, device="cpu")
-    lengths = allgather(header, part_name(name, "lengths"), process_set).tolist()
-    parts = torch.split(allgather(flat, part_name(name, "bytes"), process_set), [abs(n) for n in lengths])
+    lengths = allgather(header, names[0], process_set).tolist()
+    parts = torch.split(allgather(flat, names[1], process_set), [abs(n) for n in lengths])
     failures = [f"rank {ranks[at]} ({_text(parts[at])})" for at, n in enumerate(lengths) if n < 0]
     if failures:
         raise MpiddpError(f"allgather_object: an object could not be pickled on {', '.join(failures)}") from cause

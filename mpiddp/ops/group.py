@@ -71,7 +71,7 @@ def _submit_group(
     submit: Callable[[Channel, torch.Tensor, torch.Tensor, Key, _Group], Handle],
 ) -> GroupHandle:
     """Submit each tensor under the group's name and its place in it, once all are known to be acceptable."""
-    channel = channel_of(process_set)
+    channel, tensors = channel_of(process_set), list(tensors)
     own = [dense(tensor, what) for tensor in tensors]
     if not own:
         raise ArgumentError(f"{what} takes at least one tensor")
@@ -190,6 +190,7 @@ def grouped_allgather(
     tensors: Sequence[torch.Tensor], name: str | None = None, process_set: ProcessSet = global_process_set
 ) -> list[torch.Tensor]:
     """:func:`~mpiddp.allgather` of several tensors as one. Differentiable."""
+    tensors = list(tensors)
     if _needs_grad(tensors):
         return list(_GroupedAllgather.apply(name, process_set, *tensors))  # type: ignore[no-untyped-call]
     return grouped_allgather_async(tensors, name, process_set).collect(synchronize)

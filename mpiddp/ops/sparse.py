@@ -12,7 +12,7 @@ from ..op import Average, Op, Sum
 from ..process_set import ProcessSet, global_process_set
 from .group import GroupHandle
 from .move import gather
-from .submit import channel_of, claim, part_name, synchronize
+from .submit import channel_of, part_names, synchronize
 
 __all__ = ["sparse_allreduce_async"]
 
@@ -29,15 +29,15 @@ def sparse_allreduce_async(
         raise ArgumentError(f"sparse_allreduce_async takes a sparse COO tensor, not {given}")
     if op not in (Average, Sum):
         raise ArgumentError(f"sparse tensors are averaged or summed, so op is Average or Sum, not {op!r}")
+    if op is Average and tensor.dtype is torch.bool:
+        raise TypeError("bool tensors have no average; sum them, which is true where any of them is")
     channel = channel_of(process_set)
     own = tensor.detach().coalesce()
     purpose = f"{op!r} of sparse tensors of shape {tuple(own.shape)}"
-    parts = [("indices", own.indices().t().contiguous()), ("values", own.values())]
+    parts = own.indices().t().contiguous(), own.values()
     dtypes.check(own.dtype)
-    names = [part_name(name, what) for what, _ in parts]
-    for key in filter(None, names):
-        claim(channel, key)
-    handles = [gather(channel, part, key, purpose=purpose) for key, (_, part) in zip(names, parts, strict=True)]
+    names = part_names(channel, name, "indices", "values")
+    handles = [gather(channel, part, key, purpose=purpose) for key, part in zip(names, parts, strict=True)]
     size = channel.link.size
 
     def collect() -> torch.Tensor:

@@ -24,6 +24,7 @@ __all__ = [
     "in_place",
     "named",
     "part_name",
+    "part_names",
     "poll",
     "resolved",
     "submit",
@@ -42,6 +43,8 @@ def channel_of(process_set: ProcessSet) -> Channel:
     here = runtime.current()
     if process_set is global_process_set:
         return here.channel
+    if not isinstance(process_set, ProcessSet):
+        raise TypeError(f"process_set is a ProcessSet, not a {type(process_set).__name__}: {process_set!r}")
     if process_set.process_set_id is None:
         raise ArgumentError(f"{process_set!r} has not been added: call mpiddp.add_process_set() on every rank first")
     if process_set.channel is None:
@@ -76,6 +79,15 @@ def named(name: str) -> str:
 def part_name(name: str | None, part: object) -> str | None:
     """The name of one of the operations that serve the one called ``name``: None if that has none."""
     return None if name is None else f"{named(name)}.{part}"
+
+
+def part_names(channel: Channel, name: str | None, *parts: str) -> list[str | None]:
+    """:func:`part_name` of each; raises, before anything is sent, if one of them is in flight here."""
+    names = [part_name(name, part) for part in parts]
+    for each in names:
+        if each is not None:
+            claim(channel, each)
+    return names
 
 
 def factor(value: Any) -> float:

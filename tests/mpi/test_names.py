@@ -184,3 +184,50 @@ def test_what_is_no_factor(world: Any) -> None:
                     with pytest.raises((TypeError, ValueError, RuntimeError)):
                         call(torch.ones(3), **{which: bad})
     assert world.allreduce(torch.ones(1), op=world.Sum).item() == world.size()
+
+
+@pytest.mark.parametrize("part", ["length", "lengths", "bytes", "indices", "values"])
+def test_a_part_of_an_operation_in_flight(world: Any, part: str) -> None:
+    """What takes several operations raises before the first of them."""
+    size = world.size()
+    calls = {
+        "broadcast": lambda: world.broadcast_object(7, name="x") == 7,
+        "gather": lambda: world.allgather_object(7, name="x") == [7] * size,
+        "sparse": lambda: world.sparse_allreduce_async(torch.ones(1).to_sparse(), "x")().to_dense().item() == 1,
+    }
+    uses = {"length": ["broadcast"], "lengths": ["gather"], "bytes": ["broadcast", "gather"]}.get(part, ["sparse"])
+    if world.rank() == 1:
+        handle = world.allreduce_async(torch.ones(1), name=f"x.{part}")
+        for use in uses:
+            with pytest.raises(world.DuplicateNameError, match=rf"'x\.{part}'"):
+                calls[use]()
+        world.barrier()
+    else:
+        world.barrier()
+        handle = world.allreduce_async(torch.ones(1), name=f"x.{part}")
+    assert world.synchronize(handle).item() == 1
+    assert all(calls[use]() for use in uses)
+
+
+def test_tensors_of_a_generator(world: Any) -> None:
+    size = world.size()
+
+    def tensors() -> Any:
+        return (torch.full((2,), float(n)) for n in range(1, 3))
+
+    for call in (world.grouped_allreduce, world.grouped_allreduce_):
+        assert [each[0] for each in call(tensors(), op=world.Sum)] == [size, 2 * size]
+    assert [each.numel() for each in world.grouped_allgather(tensors())] == [2 * size] * 2
+
+
+def test_what_is_no_process_set(world: Any) -> None:
+    for bad in (None, 0, [0]):
+        with pytest.raises(TypeError, match=rf"process_set is a ProcessSet, not a {type(bad).__name__}"):
+            world.allreduce(torch.ones(1), process_set=bad)
+
+
+def test_sparse_bool(world: Any) -> None:
+    sparse = torch.tensor([world.rank() == 1, False]).to_sparse()
+    assert world.sparse_allreduce_async(sparse, None, world.Sum)().to_dense().tolist() == [True, False]
+    with pytest.raises(TypeError, match="no average"):
+        world.sparse_allreduce_async(sparse, None)
