@@ -66,7 +66,7 @@ class Reducer:
         self._under_way: list[Sending] = []  # the buckets that were launched, in order
         self._passes_done = 0
         self._is_joined = False
-        self.exchanged = False  # since the last step
+        self.exchanged = False  # since the last step, and since gradients came or were zeroed
         this = weakref.ref(self)
         self.lane.mirror = lambda: mirror(this)
         self.add(params, names)
@@ -119,6 +119,7 @@ class Reducer:
     def gradient_came(self, index: int) -> None:
         """Autograd has accumulated into the parameter's ``grad``."""
         self._end.watch()
+        self.exchanged = False
         self._agree()
         bucket = self.gradients.find_place(index)
         if bucket is not None and bucket < len(self._under_way):
@@ -177,6 +178,11 @@ class Reducer:
         """Whether buckets are under way: a backward was begun and has not ended."""
         return bool(self._under_way)
 
+    def complete(self) -> None:
+        """:meth:`finish`, unless that is done."""
+        if not self.exchanged or self.in_flight:
+            self.finish()
+
     @torch.no_grad()
     def finish(self) -> None:
         """Exchange what has not been exchanged and wait for all: every gradient is averaged when this returns."""
@@ -193,6 +199,7 @@ class Reducer:
     def forget_passes(self) -> None:
         """The gradients were zeroed: what was accumulated is gone."""
         self._passes_done = 0
+        self.exchanged = False
         self.gradients.forget()
 
     def take_part_without_data(self) -> None:
