@@ -126,8 +126,8 @@ def DistributedOptimizer(  # noqa: N802 - the name that scripts know
     - ``max_grad_norm``: ``step()`` first clips the norm of all gradients to it, by ``optimizer.clip_grad_norm_()``.
 
     A parameter that got a gradient on some ranks counts as zeros on the others; one that got none anywhere keeps
-    None. A second backward before ``step()`` exchanges what it added; with ``op=Sum`` it raises. Start from equal
-    parameters: :func:`broadcast_parameters`.
+    None. A second backward before ``step()`` exchanges what it added; with ``op=Sum`` it raises where a gradient
+    holds a sum. Start from equal parameters: :func:`broadcast_parameters`.
 
     Raises ValueError for duplicate, missing or partial names, for LBFGS (with ``shard`` for every optimizer that does
     not treat each element by itself), and for one that is wrapped already; MismatchError, at the first exchange, when

@@ -52,7 +52,7 @@ class Reducer:
     ) -> None:
         self.engine, self.lane, self.passes = engine, channel.lane(), passes
         self.turn = threading.RLock()
-        self.gradients = Gradients(options.sparse_as_dense, lay_out)
+        self.gradients = Gradients(options.sparse_as_dense, options.may_repeat, lay_out)
         self.gradients.layout.zeros = shared_zeros(channel.link)  # gradients are reduced where they lie
         self._options = options
         self.wire = wire(self.lane, options)
@@ -219,6 +219,7 @@ class Reducer:
         self._under_way.clear()
         self.gradients.late.clear()
         self.gradients.unsent.clear()
+        self.gradients.kept.clear()
         self.gradients.unplaced = False
         self._passes_done = 0
 
@@ -236,6 +237,7 @@ class Reducer:
             for sending in self._under_way:
                 sending.wait(self.engine)
         self.gradients.averaged.clear()
+        self.gradients.add_kept()
         for bucket, tail in zip(self.layout.buckets, read_tails(self.layout.buckets), strict=True):
             late, relayout = self.gradients.hand_out(bucket, tail)  # the last one's count
         if relayout:
