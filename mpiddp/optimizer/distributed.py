@@ -23,18 +23,17 @@ from .closures import Arguments, closure_of, followed_by
 from .options import Options
 from .powersgd import Remembering, check_powersgd, ways_of
 from .reducer import Reducer
+from .scaling import Scaled, check_found
 from .sharded import check_shardable, wrap_sharded
 from .wrapped import Alone, become
 
 __all__ = ["DistributedOptimizer"]
 
 
-class _Distributed(Remembering):
+class _Distributed(Scaled, Remembering):
     """What a wrapped optimizer can do beyond its own class. Mixed into a subclass of that class."""
 
-    _mpiddp_reducer: Reducer
     _mpiddp_synchronized = False
-    _mpiddp_skip = False
 
     def synchronize(self) -> None:
         """Have every gradient averaged now. Needed only in scripts that say so; backward has done it as a rule."""
@@ -206,6 +205,7 @@ def _before_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             stacklevel=4,
         )
     reducer.complete()
+    check_found(optimizer)
     return None
 
 

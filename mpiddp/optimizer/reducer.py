@@ -178,9 +178,14 @@ class Reducer:
         """Whether buckets are under way: a backward was begun and has not ended."""
         return bool(self._under_way)
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether there is nothing to exchange: the same on every rank."""
+        return self.exchanged and not self.in_flight
+
     def complete(self) -> None:
         """:meth:`finish`, unless that is done."""
-        if not self.exchanged or self.in_flight:
+        if not self.is_complete:
             self.finish()
 
     @torch.no_grad()

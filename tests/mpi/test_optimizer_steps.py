@@ -178,3 +178,67 @@ def _lanes(world: Any) -> list[Any]:
     from mpiddp import runtime
 
     return list(runtime.current().channel.lanes)
+
+
+# -- infinities --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["plain", "fused", "shard"])
+@pytest.mark.parametrize("clips", [False, True])
+def test_an_infinity_on_one_rank_in_an_early_step(world: Any, kind: str, clips: bool) -> None:
+    """The last accumulation has fewer passes: every rank skips its step."""
+    torch.manual_seed(0)
+    model = nn.Linear(2, 1)
+    plain = torch.optim.AdamW(model.parameters(), lr=0.1, fused=kind == "fused" or None)
+    optimizer = world.DistributedOptimizer(plain, backward_passes_per_step=4, shard=kind == "shard")
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    for step in range(4):
+        before = model.weight.detach().clone()
+        for _ in range(4 if step == 0 else 2):
+            x = torch.ones(4, 2)
+            if step == 2 and world.rank() == world.size() - 1:
+                x[0, 0] = float("inf")
+            scaler.scale(model(x).mean()).backward()
+        if clips:
+            optimizer.synchronize()
+            scaler.unscale_(optimizer)
+            optimizer.clip_grad_norm_(100.0)
+            with optimizer.skip_synchronize():
+                scaler.step(optimizer)
+        else:
+            scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert scaler.get_scale() == (8.0 if step < 2 else 4.0)
+        assert torch.equal(model.weight, before) == (step == 2)
+        assert_replicas_equal(world, model)
+
+
+def test_an_early_step_of_a_rank_without_gradients(world: Any) -> None:
+    model, plain = weight_of()
+    optimizer = world.DistributedOptimizer(plain, backward_passes_per_step=2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    loss = model(line(world)).sum() if world.rank() == 0 else torch.ones((), requires_grad=True)
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert model.weight.item() == pytest.approx(-1 / world.size())
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_unscaled_before_an_early_exchange(world: Any, fused: bool) -> None:
+    """A rank that saw no infinity there raises, and takes none for a gradient."""
+    model, _ = weight_of()
+    plain = torch.optim.SGD(model.parameters(), lr=1.0, fused=fused or None)
+    optimizer = world.DistributedOptimizer(plain, backward_passes_per_step=2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    factor = float("inf") if world.rank() == 0 else 1.0
+    scaler.scale(model(line(world)).sum() * factor).backward()
+    scaler.unscale_(optimizer)
+    if world.rank() == 0:
+        scaler.step(optimizer)
+    else:
+        with pytest.raises(world.MpiddpError, match=r"optimizer\.synchronize\(\) and then scaler\.unscale_"):
+            scaler.step(optimizer)
+    assert model.weight.item() == 0.0
+    world.barrier()

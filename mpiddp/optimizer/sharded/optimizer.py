@@ -14,7 +14,8 @@ from ...errors import MpiddpError
 from ...trace import span
 from ..arguments import checked_passes
 from ..options import Options
-from ..wrapped import Wrapped, become
+from ..scaling import Scaled
+from ..wrapped import become
 from .gradient import ShardedGradient
 from .norm import clip_factor, total_norm
 from .parts import Part
@@ -23,7 +24,7 @@ from .reducer import ShardedReducer
 __all__ = ["wrap_sharded"]
 
 
-class _Sharded(Wrapped):
+class _Sharded(Scaled):
     """Mixed into the optimizer's class."""
 
     param_groups: list[dict[str, Any]]
