@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .. import trace
+from .. import processes, trace
+from ..errors import WorkerProcessError
 from ..transport.base import Link, Steps
 from ..transport.tags import FIRST_TAG, LANE_TAGS, LANES
 from .presence import lane_key
@@ -45,6 +47,7 @@ class Lane:
         self.mirror: Callable[[], None] | None = None
         self.refusal: Callable[[], str | None] | None = None
         self.watch: Watch | None = None
+        self._generation = processes.generation()
         self._where = channel.ranks, number
         self._counted = channel.presence.lane(lane_key(channel.ranks, number))
         self._first_tag = FIRST_TAG + number % LANES * LANE_TAGS
@@ -56,6 +59,7 @@ class Lane:
 
     def launch(self, name: str, start: Callable[[Link, int], Steps], result: Any = None) -> Handle:
         """Run ``start(link, tag)``; the handle's result is ``result``."""
+        self._check_process()
         self.channel.wake()  # raises where the engine has been stopped
         handle = Handle(name, self._where)
         self.launched += 1
@@ -72,6 +76,13 @@ class Lane:
         self.channel.enqueue(handle, self.number, self.launched, lambda link: start(link, tag), result)
         return handle
 
+    def _check_process(self) -> None:
+        if processes.generation() != self._generation:
+            raise WorkerProcessError(
+                f"a DistributedOptimizer was to communicate in process {os.getpid()}, a child of rank "
+                f"{self.channel.ranks[self.link.rank]}: MPI belongs to the rank's own process alone. Call step() there"
+            )
+
     def waiting(self) -> AbstractContextManager[None]:
         """To be entered while the owner waits for all that it has launched in this cycle."""
         return nullcontext() if self.watch is None else self.watch.waiting(self)
@@ -82,6 +93,7 @@ class Lane:
 
     def begin_cycle(self) -> None:
         """The first launches of an optimizer's step are about to come; ranks that have joined must take part."""
+        self._check_process()
         self.cycle += 1
         self.channel.presence.step(self.cycle)
         self.is_in_cycle = True

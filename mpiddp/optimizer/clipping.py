@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from ..op import Adasum, Op
+from .closures import Arguments, closure_of, followed_by
 
 __all__ = ["check_max_norm", "clip_before_steps"]
 
@@ -28,17 +29,10 @@ def clip_before_steps(optimizer: Any, max_norm: float | None) -> None:
     if max_norm is None:
         return
 
-    def before(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        if closure is None:
-            optimizer.clip_grad_norm_(max_norm)
-            return None
-
-        def clipped() -> Any:
-            loss = closure()
-            optimizer.clip_grad_norm_(max_norm)
-            return loss
-
-        return (args[0], clipped), {key: value for key, value in kwargs.items() if key != "closure"}
+    def before(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+        if closure_of(args, kwargs) is not None:
+            return followed_by(lambda: optimizer.clip_grad_norm_(max_norm), args, kwargs)
+        optimizer.clip_grad_norm_(max_norm)
+        return None
 
     optimizer.register_step_pre_hook(before)

@@ -19,34 +19,32 @@ from ..process_set import ProcessSet, global_process_set
 from .adasum import wrap_adasum
 from .arguments import check_optimizer, check_ordered, checked_passes, groups_by_position, names_of
 from .clipping import check_max_norm, clip_before_steps
+from .closures import Arguments, closure_of, followed_by
 from .options import Options
 from .powersgd import Remembering, check_powersgd, ways_of
 from .reducer import Reducer
+from .scaling import Scaled, check_found
 from .sharded import check_shardable, wrap_sharded
 from .wrapped import Alone, become
 
 __all__ = ["DistributedOptimizer"]
 
 
-class _Distributed(Remembering):
+class _Distributed(Scaled, Remembering):
     """What a wrapped optimizer can do beyond its own class. Mixed into a subclass of that class."""
 
-    _mpiddp_reducer: Reducer
     _mpiddp_synchronized = False
-    _mpiddp_skip = False
 
     def synchronize(self) -> None:
         """Have every gradient averaged now. Needed only in scripts that say so; backward has done it as a rule."""
-        if not self._mpiddp_reducer.exchanged or self._mpiddp_reducer.in_flight:
-            self._mpiddp_reducer.finish()
+        self._mpiddp_reducer.complete()
         self._mpiddp_synchronized = True
 
     def clip_grad_norm_(
         self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
     ) -> torch.Tensor:
         """torch.nn.utils.clip_grad_norm_ of the averaged gradients: the same on every rank."""
-        if not self._mpiddp_reducer.exchanged or self._mpiddp_reducer.in_flight:
-            self._mpiddp_reducer.finish()
+        self._mpiddp_reducer.complete()
         return super().clip_grad_norm_(max_norm, norm_type, error_if_nonfinite)
 
     @contextmanager
@@ -71,6 +69,7 @@ class _Distributed(Remembering):
             )
         super().zero_grad(*args, **kwargs)  # type: ignore[misc]
         self._mpiddp_reducer.forget_passes()
+        self._mpiddp_synchronized = False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As the wrapped class's; the new parameters' gradients are averaged too. To be called on every rank."""
@@ -126,8 +125,8 @@ def DistributedOptimizer(  # noqa: N802 - the name that scripts know
     - ``max_grad_norm``: ``step()`` first clips the norm of all gradients to it, by ``optimizer.clip_grad_norm_()``.
 
     A parameter that got a gradient on some ranks counts as zeros on the others; one that got none anywhere keeps
-    None. A second backward before ``step()`` exchanges what it added; with ``op=Sum`` it raises. Start from equal
-    parameters: :func:`broadcast_parameters`.
+    None. A second backward before ``step()`` exchanges what it added; with ``op=Sum`` it raises where a gradient
+    holds a sum. Start from equal parameters: :func:`broadcast_parameters`.
 
     Raises ValueError for duplicate, missing or partial names, for LBFGS (with ``shard`` for every optimizer that does
     not treat each element by itself), and for one that is wrapped already; MismatchError, at the first exchange, when
@@ -190,22 +189,24 @@ def _wrap(
     return optimizer  # type: ignore[no-any-return]
 
 
-def _before_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Every gradient must be averaged when the update begins; a closure sees to that itself, by its backward."""
-    closure = args[1] if len(args) > 1 else kwargs.get("closure")
-    if closure is not None or optimizer._mpiddp_skip:
-        return
-    if optimizer._mpiddp_synchronized:
+def _before_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+    """Every gradient must be averaged when the update begins: now, or when the closure has made them."""
+    reducer: Reducer = optimizer._mpiddp_reducer
+    if optimizer._mpiddp_skip:
+        return None
+    if closure_of(args, kwargs) is not None:
+        return followed_by(reducer.complete, args, kwargs)
+    if optimizer._mpiddp_synchronized and reducer.exchanged:
         warnings.warn(
-            "optimizer.step() was called after optimizer.synchronize(); nothing is reduced twice, but say "
-            "`with optimizer.skip_synchronize(): optimizer.step()`, or leave synchronize() out: gradients are "
-            "averaged when "
-            "backward() returns",
+            # Horovod's words, which scripts filter by.
+            "optimizer.step() called without optimizer.skip_synchronize() context after optimizer.synchronize(). "
+            "Nothing is reduced twice, but say `with optimizer.skip_synchronize(): optimizer.step()`, or leave "
+            "synchronize() out: gradients are averaged when backward() returns",
             stacklevel=4,
         )
-        return
-    if not optimizer._mpiddp_reducer.exchanged or optimizer._mpiddp_reducer.in_flight:
-        optimizer._mpiddp_reducer.finish()
+    reducer.complete()
+    check_found(optimizer)
+    return None
 
 
 def _after_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -20,7 +20,12 @@ __all__ = ["Gradients"]
 class Gradients:
     """State: belongs to the thread that runs backward; its owner calls one hook at a time."""
 
-    def __init__(self, sparse_as_dense: bool, lay_out: Callable[[Sequence[torch.Tensor]], Layout] = Layout) -> None:
+    def __init__(
+        self,
+        sparse_as_dense: bool,
+        may_repeat: bool,
+        lay_out: Callable[[Sequence[torch.Tensor]], Layout] = Layout,
+    ) -> None:
         self.params: list[torch.Tensor] = []
         self.names: list[str] = []
         self.layout = lay_out(self.params)
@@ -30,7 +35,8 @@ class Gradients:
         self._gathered: dict[int, torch.Tensor] = {}  # what the last exchange of sparse gradients gave
         self.unplaced = False  # some parameter has a gradient and no place, or a place and a sparse gradient
         self.averaged: set[int] = set()  # whose gradient holds an exchanged value
-        self._sparse_as_dense = sparse_as_dense
+        self.kept: dict[int, torch.Tensor] = {}  # exchanged values that another exchange may not take again
+        self._sparse_as_dense, self._may_repeat = sparse_as_dense, may_repeat
         self._makers: Makers | None = None
 
     def add(self, param: torch.Tensor, name: str) -> int:
@@ -101,12 +107,28 @@ class Gradients:
             param = self.params[index]
             is_here = param.grad is not None and not with_nothing and not self.is_sparse(index)
             present.append(is_here)
-            if is_here:
+            if is_here and not self._keep(index):
                 self.adopt(index)
                 param.grad = None
             else:
                 view.zero_()
         bucket.tail.copy_(bucket.usual if all(present) else torch.tensor([*present, 0, 0], device="cpu"))
+
+    def _keep(self, index: int) -> bool:
+        """Keep what an exchange gave apart from this one, where exchanging it again gives another value; whether it
+        was kept."""
+        if self._may_repeat or not self.holds_exchanged(index):
+            return False
+        grad = self._grad(index)
+        self.kept[index] = grad.clone() if self.layout.holds(index) else grad
+        self.params[index].grad = None
+        return True
+
+    def add_kept(self) -> None:
+        """To what the buckets have brought."""
+        for index, value in self.kept.items():
+            self.layout.view(index).add_(value)
+        self.kept.clear()
 
     def hand_out(self, bucket: Bucket, tail: Sequence[float]) -> Sequence[float]:
         """``grad`` is a view again, where some rank had a gradient; a parameter without one anywhere keeps None.
@@ -115,7 +137,7 @@ class Gradients:
         """
         for index, view, flag in zip(bucket.indices, bucket.views, tail, strict=False):
             if flag != 0:
-                if self.is_sparse(index):
+                if self.is_sparse(index) and not self._keep(index):
                     self.unsent[index] = self._grad(index)
                 self.params[index].grad = view
                 self.averaged.add(index)
@@ -136,15 +158,20 @@ class Gradients:
         """What this rank contributes to the exchange of sparse gradients: nothing where its gradient is exchanged."""
         own = []
         for index in indices:
-            grad = self.unsent.get(index) if index in self.averaged else self.params[index].grad
+            if index in self.averaged:
+                grad = self.unsent.get(index)
+            else:
+                grad = None if self._keep(index) else self.params[index].grad
             own.append(None if grad is None or with_nothing else grad / passes if passes > 1 else grad)
         return own
 
     def take_gathered(self, index: int, whole: torch.Tensor | None) -> None:
         """The exchange of a sparse gradient gave ``whole``; a part of it may have been exchanged as a dense one."""
         self._gathered.pop(index, None)
-        if index in self.averaged:
-            whole = self._grad(index) if whole is None else self._grad(index) + whole
+        dense = self._grad(index) if index in self.averaged else None
+        for before in (self.kept.pop(index, None), dense):  # dense + sparse, never the reverse
+            if before is not None:
+                whole = before if whole is None else before + whole
         self.params[index].grad = whole
         if whole is not None:
             self._gathered[index] = whole

@@ -99,7 +99,7 @@ class Bucket:
                 flat = zeros(numel, like.dtype, like.device)
             else:
                 flat = torch.zeros(numel, dtype=like.dtype, device=like.device)
-            views = tuple(_view(flat, at, params[index]) for at, index in zip(starts, indices, strict=True))
+            views = tuple(_piece(flat, at, params[index]) for at, index in zip(starts, indices, strict=True))
             tail, usual = flat[end:], torch.ones(len(indices) + 2, dtype=like.dtype, device=like.device)
             usual[-2:] = 0
         return cls(tuple(indices), flat, views, tail[:-2], tail[-2:], tail, usual)
@@ -195,11 +195,16 @@ class Layout:
         return f"Layout({len(self.place)} parameters in {len(self.buckets)} buckets)"
 
 
-def _view(flat: torch.Tensor, at: int, param: torch.Tensor) -> torch.Tensor:
-    """A view with the parameter's strides where it is dense (channels_last, say), contiguous where it is not."""
-    if is_dense(param):
-        return flat.as_strided(param.size(), param.stride(), at)
-    return flat[at : at + param.numel()].view(param.size())
+def _piece(flat: torch.Tensor, at: int, param: torch.Tensor) -> torch.Tensor:
+    """The elements of ``flat`` from ``at`` on, with the parameter's strides where it is dense (channels_last, say),
+    contiguous where it is not.
+
+    A tensor of its own over the same memory, no view as autograd knows them: those refuse ``grad.detach_()``, which
+    old scripts call before ``grad.zero_()``.
+    """
+    shaped = param if is_dense(param) else torch.empty(param.size(), device="meta")
+    piece = torch.empty(0, dtype=flat.dtype, device=flat.device)
+    return piece.set_(flat.untyped_storage(), flat.storage_offset() + at, shaped.size(), shaped.stride())
 
 
 def is_dense(param: torch.Tensor) -> bool:

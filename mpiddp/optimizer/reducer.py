@@ -52,7 +52,7 @@ class Reducer:
     ) -> None:
         self.engine, self.lane, self.passes = engine, channel.lane(), passes
         self.turn = threading.RLock()
-        self.gradients = Gradients(options.sparse_as_dense, lay_out)
+        self.gradients = Gradients(options.sparse_as_dense, options.may_repeat, lay_out)
         self.gradients.layout.zeros = shared_zeros(channel.link)  # gradients are reduced where they lie
         self._options = options
         self.wire = wire(self.lane, options)
@@ -66,7 +66,7 @@ class Reducer:
         self._under_way: list[Sending] = []  # the buckets that were launched, in order
         self._passes_done = 0
         self._is_joined = False
-        self.exchanged = False  # since the last step
+        self.exchanged = False  # since the last step, and since gradients came or were zeroed
         this = weakref.ref(self)
         self.lane.mirror = lambda: mirror(this)
         self.add(params, names)
@@ -119,6 +119,7 @@ class Reducer:
     def gradient_came(self, index: int) -> None:
         """Autograd has accumulated into the parameter's ``grad``."""
         self._end.watch()
+        self.exchanged = False
         self._agree()
         bucket = self.gradients.find_place(index)
         if bucket is not None and bucket < len(self._under_way):
@@ -177,6 +178,16 @@ class Reducer:
         """Whether buckets are under way: a backward was begun and has not ended."""
         return bool(self._under_way)
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether there is nothing to exchange: the same on every rank."""
+        return self.exchanged and not self.in_flight
+
+    def complete(self) -> None:
+        """:meth:`finish`, unless that is done."""
+        if not self.is_complete:
+            self.finish()
+
     @torch.no_grad()
     def finish(self) -> None:
         """Exchange what has not been exchanged and wait for all: every gradient is averaged when this returns."""
@@ -193,6 +204,7 @@ class Reducer:
     def forget_passes(self) -> None:
         """The gradients were zeroed: what was accumulated is gone."""
         self._passes_done = 0
+        self.exchanged = False
         self.gradients.forget()
 
     def take_part_without_data(self) -> None:
@@ -212,6 +224,7 @@ class Reducer:
         self._under_way.clear()
         self.gradients.late.clear()
         self.gradients.unsent.clear()
+        self.gradients.kept.clear()
         self.gradients.unplaced = False
         self._passes_done = 0
 
@@ -229,6 +242,7 @@ class Reducer:
             for sending in self._under_way:
                 sending.wait(self.engine)
         self.gradients.averaged.clear()
+        self.gradients.add_kept()
         for bucket, tail in zip(self.layout.buckets, read_tails(self.layout.buckets), strict=True):
             late, relayout = self.gradients.hand_out(bucket, tail)  # the last one's count
         if relayout:

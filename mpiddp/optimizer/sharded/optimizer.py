@@ -14,7 +14,8 @@ from ...errors import MpiddpError
 from ...trace import span
 from ..arguments import checked_passes
 from ..options import Options
-from ..wrapped import Wrapped, become
+from ..scaling import Scaled
+from ..wrapped import become
 from .gradient import ShardedGradient
 from .norm import clip_factor, total_norm
 from .parts import Part
@@ -23,7 +24,7 @@ from .reducer import ShardedReducer
 __all__ = ["wrap_sharded"]
 
 
-class _Sharded(Wrapped):
+class _Sharded(Scaled):
     """Mixed into the optimizer's class."""
 
     param_groups: list[dict[str, Any]]
@@ -37,15 +38,10 @@ class _Sharded(Wrapped):
 
     # -- gradients -----------------------------------------------------------------------------------------------------
 
-    def _mpiddp_exchange(self) -> None:
-        reducer = self._mpiddp_reducer
-        if not reducer.exchanged or reducer.in_flight:
-            reducer.finish()
-
     def synchronize(self) -> None:
         """Gather whole averaged gradients: ``grad`` is a tensor like any other on every rank, and what is then written
         to it is what ``step()`` uses. Collective; costs an all-gather, and is needed to read gradients only."""
-        self._mpiddp_exchange()
+        self._mpiddp_reducer.complete()
         self._mpiddp_reducer.make_whole()
 
     @contextmanager
@@ -78,7 +74,7 @@ class _Sharded(Wrapped):
         What torch.nn.utils.clip_grad_norm_ does with whole gradients, within rounding and the same on every rank.
         Collective; costs one pass over this rank's shards, and another where they are scaled.
         """
-        self._mpiddp_exchange()
+        self._mpiddp_reducer.complete()
         reducer = self._mpiddp_reducer
         used = reducer.settle()
         params = [reducer.gradients.params[index] for index in sorted(used)]
@@ -105,7 +101,7 @@ class _Sharded(Wrapped):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._mpiddp_exchange()
+        self._mpiddp_reducer.complete()
         if self._mpiddp_max_norm is not None:
             self.clip_grad_norm_(self._mpiddp_max_norm)
         self._mpiddp_whole = None

@@ -125,6 +125,7 @@ class ShardedReducer(Reducer):
             for sending in self._under_way:
                 sending.wait(self.engine)
         self.gradients.averaged.clear()
+        self.gradients.add_kept()
         tails = read_tails(buckets)
         held = self._held | {index for each in zip(buckets, tails, strict=True) for index in _flagged(*each)}
         for kept, bucket in zip(self._kept, buckets, strict=False):
