@@ -14,7 +14,7 @@ from .detect import Launch, detect
 from .environment import after_mpi, joins
 from .foreign import foreign_launcher, foreign_launcher_here
 from .interfaces import Interface, interfaces
-from .settings import TCP, Prepared, before_mpi, choose_settings, conf_files
+from .settings import TCP, Prepared, before_mpi, choose_settings, chosen_parameters, conf_files, is_open
 from .ucx import MPIRUN_FLAGS, UCX, mpi_is_wheel
 
 __all__ = [
@@ -28,12 +28,14 @@ __all__ = [
     "before_mpi",
     "check_size",
     "choose_settings",
+    "chosen_parameters",
     "conf_files",
     "detect",
     "first_words",
     "foreign_launcher",
     "foreign_launcher_here",
     "interfaces",
+    "is_open",
     "joins",
     "mpi_is_wheel",
 ]

@@ -22,7 +22,7 @@ from .detect import Launch, detect
 from .interfaces import Interface, interfaces, leading_nowhere
 from .ucx import load_ucx, mpi_is_wheel, ucx_settings
 
-__all__ = ["TCP", "Prepared", "before_mpi", "choose_settings", "conf_files"]
+__all__ = ["TCP", "Prepared", "before_mpi", "choose_settings", "chosen_parameters", "conf_files", "is_open"]
 
 _PREFIX = "OMPI_MCA_"
 _CONF_NAME = "openmpi-mca-params.conf"
@@ -84,13 +84,13 @@ def choose_settings(
     ``files`` are Open MPI's files of parameters, ``node_cpus`` the number of CPUs that this node's ranks may use,
     ``is_wheel`` whether MPI is the wheel in Python's environment, ``node_interfaces`` those that MPI would find here.
     """
-    chosen = _chosen(environ, files)
+    chosen = chosen_parameters(environ, files)
     # The layer itself is left to Open MPI, which knows the fabric: ob1 would lose it.
     wanted = {**TCP, **_left_out(chosen, node_interfaces)}
-    if config.fault_tolerant and _is_open(chosen, "ob1"):
+    if config.fault_tolerant and is_open(chosen, "ob1"):
         wanted["pml"] = "ob1"  # the only layer that survives the death of a peer; ucx does not even start with it
     elif config.cuda_aware and is_wheel:
-        wanted |= ucx_settings(launch, chosen.get("pml"), _is_open(chosen, "ucx"))
+        wanted |= ucx_settings(launch, chosen.get("pml"), is_open(chosen, "ucx"))
     if (launch.local_size or 1) > node_cpus:
         # A rank that spins keeps its peer from the core: a 4-byte all-reduce took 4 ms without.
         wanted["mpi_yield_when_idle"] = "1"
@@ -105,7 +105,7 @@ def _left_out(chosen: Mapping[str, str], node_interfaces: Sequence[Interface]) -
     return {"btl_tcp_if_exclude": ",".join(["127.0.0.1/8", "sppp", *names])}  # the first two are the default
 
 
-def _is_open(chosen: Mapping[str, str], layer: str) -> bool:
+def is_open(chosen: Mapping[str, str], layer: str) -> bool:
     """Whether nobody has chosen a layer, nor excluded this one: ``pml = ^ucx``, as Debian has it, chooses none."""
     for value in (chosen.get("pml", "^"), chosen.get("btl", "^")):
         if not value.startswith("^") or layer in value[1:].split(","):
@@ -113,7 +113,7 @@ def _is_open(chosen: Mapping[str, str], layer: str) -> bool:
     return True
 
 
-def _chosen(environ: Mapping[str, str], files: Iterable[Path]) -> dict[str, str]:
+def chosen_parameters(environ: Mapping[str, str], files: Iterable[Path]) -> dict[str, str]:
     """The parameters that somebody has set already, without their prefix; the environment goes before the files."""
     values = {n[len(_PREFIX) :]: value for n, value in environ.items() if n.startswith(_PREFIX)}
     for path in files:
@@ -153,7 +153,7 @@ def before_mpi(config: Config) -> Prepared:
     running = sys.modules.get("mpi4py.MPI")
     if running is not None and running.Is_initialized():
         return Prepared({}, _what_is_lost(settings, launch, running.get_vendor()[0]))
-    layer = settings.get(_PREFIX + "pml") or _chosen(environ, files).get("pml")
+    layer = settings.get(_PREFIX + "pml") or chosen_parameters(environ, files).get("pml")
     configuration.export(settings)
     if config.cuda_aware and is_wheel and layer == "ucx":
         load_ucx()

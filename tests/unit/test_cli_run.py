@@ -15,6 +15,7 @@ from mpiddp.cli import main
 from mpiddp.cli.run import arguments, launchers
 from mpiddp.cli.run.command import Job, Machine, command_line
 from mpiddp.cli.run.launchers import Launcher
+from mpiddp.launch import chosen_parameters
 
 OPEN_MPI = Launcher("/m/mpirun", "open mpi", 5)
 PROGRAM = ["/p/python", "train.py"]
@@ -22,7 +23,8 @@ TCP = "--mca btl_tcp_flags 313 --mca btl_tcp_max_send_size 1048576 --mca btl_tcp
 
 
 def line(launcher: Launcher, job: Job, cores: int = 8, root: bool = False, **environ: str) -> str:
-    words = command_line(launcher, job, Machine(cores, root, environ))
+    chosen = chosen_parameters(environ, ())
+    words = command_line(launcher, job, Machine(cores, root, environ, chosen=chosen))
     assert words[-len(job.program) :] == list(job.program)
     return " ".join(words[: -len(job.program)])
 
@@ -38,6 +40,23 @@ def test_open_mpi() -> None:
     )
     chosen = line(OPEN_MPI, Job(8, PROGRAM, more=["--tag-output"]), OMPI_MCA_btl_tcp_links="4")
     assert "btl_tcp_links" not in chosen and chosen.endswith("OMP_NUM_THREADS=1 --tag-output")
+
+
+def test_what_somebody_chose_for_open_mpi_stays() -> None:
+    """The command line would go before files, environment and what the user adds to it."""
+
+    def given(job: Job, has_wheels: bool = False, **chosen: str) -> list[str]:
+        words = command_line(OPEN_MPI, job, Machine(8, False, {}, has_wheels, chosen))
+        return [words[at + 1] for at, word in enumerate(words) if word == "--mca"]
+
+    job = Job(2, PROGRAM)
+    assert given(job, btl_tcp_links="8") == ["btl_tcp_flags", "btl_tcp_max_send_size"]
+    more = Job(2, PROGRAM, more=["--mca", "btl_tcp_flags", "1", "-gmca", "btl_tcp_links", "8"])
+    assert given(more) == ["btl_tcp_max_send_size", "btl_tcp_flags"], "the second is the user's"
+    assert given(Job(2, PROGRAM, passed=["OMPI_MCA_btl_tcp_links=3"])) == ["btl_tcp_flags", "btl_tcp_max_send_size"]
+    assert "pml" in given(job, True) and "pml" in given(job, True, pml="^cm")
+    for chosen in ("ob1", "^ucx"):
+        assert not any(name == "pml" or "ucx" in name for name in given(job, True, pml=chosen)), chosen
 
 
 def test_open_mpi_on_hosts_of_which_nothing_is_known() -> None:

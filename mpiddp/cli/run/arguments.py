@@ -75,7 +75,13 @@ def _run(args: argparse.Namespace) -> int:
         shlex.split(args.launcher_args),
         args.mpi,
     )
-    machine = Machine(binding.cores(processes.usable_cpus()), os.geteuid() == 0, environ, _has_cuda_wheels(environ))
+    machine = Machine(
+        binding.cores(processes.usable_cpus()),
+        os.geteuid() == 0,
+        environ,
+        _has_cuda_wheels(environ),
+        launch.chosen_parameters(environ, launch.conf_files(environ)),
+    )
     words = command_line(launcher, job, machine)
     print(shlex.join(words), file=sys.stdout if args.dry_run else sys.stderr, flush=True)
     if not args.dry_run:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from ...launch import TCP, UCX
+from ...launch import TCP, UCX, is_open
 from .launchers import Launcher
 
 __all__ = ["Job", "Machine", "command_line"]
@@ -31,13 +31,15 @@ class Job:
 
 @dataclass(frozen=True)
 class Machine:
-    """What is known here: the cores that this host's ranks may use, whether we are root, the environment, and whether
-    this host has a GPU and the wheels whose MPI takes its memory."""
+    """What is known here: the cores that this host's ranks may use, whether we are root, the environment, whether
+    this host has a GPU and the wheels whose MPI takes its memory, and the parameters of Open MPI that the environment
+    and its files have chosen."""
 
     cores: int
     is_root: bool
     environ: Mapping[str, str]
     has_cuda_wheels: bool = False
+    chosen: Mapping[str, str] = field(default_factory=dict)
 
 
 def command_line(launcher: Launcher, job: Job, machine: Machine) -> list[str]:
@@ -79,7 +81,25 @@ def _gives_gpus(job: Job, machine: Machine) -> bool:
         return machine.has_cuda_wheels and wanted.lower() in _TRUE
     if settings.get("MPIDDP_LOCAL", "").lower() == "nccl" or settings.get("MPIDDP_FAULT_TOLERANT", "").lower() in _TRUE:
         return False
+    chosen = _chosen(job, machine)
+    if chosen.get("pml") != "ucx" and not is_open(chosen, "ucx"):
+        return False
     return not (job.hosts or job.hostfile or "SLURM_JOB_ID" in machine.environ)
+
+
+_MCA_FLAGS = ("mca", "gmca", "omca")
+
+
+def _chosen(job: Job, machine: Machine) -> dict[str, str]:
+    """Open MPI's parameters that somebody has chosen: its files, the environment, ``-x``, the launcher's own words."""
+    words = [word.lstrip("-") if word.startswith("-") else "" for word in job.more]
+    named = {job.more[at + 1]: job.more[at + 2] for at, word in enumerate(words[:-2]) if word in _MCA_FLAGS}
+    passed = dict(
+        item.removeprefix("OMPI_MCA_").split("=", 1)
+        for item in job.passed
+        if item.startswith("OMPI_MCA_") and "=" in item
+    )
+    return {**machine.chosen, **passed, **named}
 
 
 def _passed(job: Job, machine: Machine, cpus: int | None) -> dict[str, str | None]:
@@ -108,8 +128,9 @@ def _open_mpi(launcher: Launcher, job: Job, machine: Machine) -> list[str]:
     words += ["--bind-to", "none"] if cpus is None else ["--map-by", f"slot:PE={cpus}", "--bind-to", "core"]
     # What init() would set; but here it is seen, holds before Python starts, and reaches every host.
     wanted = TCP | ({"mpi_yield_when_idle": "1"} if crowded else {}) | (UCX if _gives_gpus(job, machine) else {})
+    chosen = _chosen(job, machine)
     for name, value in wanted.items():
-        if f"OMPI_MCA_{name}" not in machine.environ:
+        if name not in chosen or (name == "pml" and is_open(chosen, value)):  # "^ob1" chooses none
             words += ["--mca", name, value]
     for name, given in _passed(job, machine, cpus).items():
         words += ["-x", name if given is None else f"{name}={given}"]
