@@ -18,6 +18,7 @@ from mpiddp.cli.run.launchers import Launcher
 from mpiddp.launch import chosen_parameters
 
 OPEN_MPI = Launcher("/m/mpirun", "open mpi", 5)
+SRUN = Launcher("/s/srun", "slurm")
 PROGRAM = ["/p/python", "train.py"]
 TCP = "--mca btl_tcp_flags 313 --mca btl_tcp_max_send_size 1048576 --mca btl_tcp_links 2"
 
@@ -94,11 +95,40 @@ def test_in_a_slurm_job() -> None:
     inside = line(OPEN_MPI, Job(16, PROGRAM), SLURM_JOB_ID="1", SLURM_CPUS_PER_TASK="3")
     assert "slot:PE=3" in inside and "oversubscribe" not in inside
     assert "--bind-to none" in line(OPEN_MPI, Job(16, PROGRAM), SLURM_JOB_ID="1")
-    srun = Launcher("/s/srun", "slurm")
-    assert line(srun, Job(4, PROGRAM, cpus=2, hosts="a:2,b:2")) == (
-        "/s/srun -n 4 --mpi=pmix --nodelist=a,b --cpus-per-task=2 --cpu-bind=cores --export=ALL,OMP_NUM_THREADS=2"
+    assert line(SRUN, Job(4, PROGRAM, cpus=2, hosts="a:2,b:2")) == (
+        "/usr/bin/env OMP_NUM_THREADS=2 /s/srun -n 4 --mpi=pmix --nodes=2 --ntasks-per-node=2 --nodelist=a,b "
+        "--export=ALL --cpus-per-task=2 --cpu-bind=cores"
     )
-    assert line(srun, Job(4, PROGRAM, mpi="pmi2"), SLURM_JOB_ID="1") == "/s/srun -n 4 --mpi=pmi2 --cpu-bind=none"
+    commas = command_line(SRUN, Job(2, PROGRAM, passed=["MPIDDP_PREEMPT_SIGNAL=USR1,TERM"]), Machine(2, False, {}))
+    assert commas[:3] == ["/usr/bin/env", "OMP_NUM_THREADS=1", "MPIDDP_PREEMPT_SIGNAL=USR1,TERM"]
+    assert line(SRUN, Job(4, PROGRAM, mpi="pmi2"), SLURM_JOB_ID="1") == "/s/srun -n 4 --mpi=pmi2 --cpu-bind=none"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "hosts", "words"),
+    [
+        (4, "a,b", "--nodes=2 --nodelist=a,b"),
+        (12, "a:6,b:6", "--nodes=2 --ntasks-per-node=6 --nodelist=a,b"),
+        (6, "a:6,b:2", "--nodes=1 --ntasks-per-node=6 --nodelist=a"),
+        (4, "a,b,a,b", "--nodes=2 --ntasks-per-node=2 --nodelist=a,b"),
+        (8, "n[1-2,4]", "--nodelist=n[1-2,4]"),
+    ],
+)
+def test_srun_on_hosts(ranks: int, hosts: str, words: str) -> None:
+    assert line(SRUN, Job(ranks, PROGRAM, hosts=hosts)) == f"/s/srun -n {ranks} --mpi=pmix {words} --cpu-bind=none"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "hosts", "said"),
+    [
+        (8, "a:6,b:2", "6 on a, 2 on b, and srun puts as many on every node: correct it, or --launcher mpirun"),
+        (9, "a:4,b:4", "1 more than the slots"),
+        (2, "a:x", "a:x is no host and its slots"),
+    ],
+)
+def test_srun_on_hosts_that_it_cannot_serve(ranks: int, hosts: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        command_line(SRUN, Job(ranks, PROGRAM, hosts=hosts), Machine(8, False, {}))
 
 
 def test_mpich_and_intel_mpi() -> None:

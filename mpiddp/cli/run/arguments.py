@@ -82,7 +82,10 @@ def _run(args: argparse.Namespace) -> int:
         _has_cuda_wheels(environ),
         launch.chosen_parameters(environ, launch.conf_files(environ)),
     )
-    words = command_line(launcher, job, machine)
+    try:
+        words = command_line(launcher, job, machine)
+    except ValueError as error:
+        return int(args.error(str(error)))
     print(shlex.join(words), file=sys.stdout if args.dry_run else sys.stderr, flush=True)
     if not args.dry_run:
         os.execv(words[0], words)

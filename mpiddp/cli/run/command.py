@@ -43,9 +43,10 @@ class Machine:
 
 
 def command_line(launcher: Launcher, job: Job, machine: Machine) -> list[str]:
-    """The whole command, to be executed as it is."""
+    """The whole command, to be executed as it is. Raises ValueError where the launcher cannot do what is asked for."""
     dialects = {"open mpi": _open_mpi, "mpich": _hydra, "intel mpi": _hydra, "slurm": _srun}
-    return [launcher.path, *dialects[launcher.kind](launcher, job, machine), *job.more, *job.program]
+    words = [launcher.path, *dialects[launcher.kind](launcher, job, machine), *job.more, *job.program]
+    return [*_environment(job, machine), *words] if launcher.kind == "slurm" else words
 
 
 def _cpus(job: Job, machine: Machine) -> int | None:
@@ -153,11 +154,40 @@ def _hydra(launcher: Launcher, job: Job, machine: Machine) -> list[str]:
 
 
 def _srun(launcher: Launcher, job: Job, machine: Machine) -> list[str]:
-    words = ["-n", str(job.ranks), f"--mpi={job.mpi}"]
-    if job.hosts:
-        words.append(f"--nodelist={','.join(host.partition(':')[0] for host in job.hosts.split(','))}")
     cpus = _cpus(job, machine)
+    words = ["-n", str(job.ranks), f"--mpi={job.mpi}", *(_srun_nodes(job) if job.hosts else [])]
+    words += ["--export=ALL"] if _passed(job, machine, cpus) else []  # sbatch may have said otherwise
     # srun does not take --cpus-per-task over from sbatch.
-    words += ["--cpu-bind=none"] if cpus is None else [f"--cpus-per-task={cpus}", "--cpu-bind=cores"]
-    given = [f"{name}={value}" for name, value in _passed(job, machine, cpus).items() if value is not None]
-    return [*words, f"--export=ALL,{','.join(given)}"] if given else words
+    return words + (["--cpu-bind=none"] if cpus is None else [f"--cpus-per-task={cpus}", "--cpu-bind=cores"])
+
+
+def _environment(job: Job, machine: Machine) -> list[str]:
+    """Variables for srun itself, which hands its environment on: ``--export`` would end a value at its first comma."""
+    passed = _passed(job, machine, _cpus(job, machine))
+    given = [f"{name}={value}" for name, value in passed.items() if value is not None]
+    return ["/usr/bin/env", *given] if given else []
+
+
+def _srun_nodes(job: Job) -> list[str]:
+    """The nodes, and the ranks on each, filled up in their order as mpirun does it."""
+    if "[" in job.hosts and ":" not in job.hosts:
+        return [f"--nodelist={job.hosts}"]  # Slurm's own n[1-4]
+    slots: dict[str, int] = {}
+    for item in job.hosts.split(","):
+        host, colon, count = item.partition(":")
+        if colon and not count.isdigit():
+            raise ValueError(f"{item} is no host and its slots: a:4")
+        slots[host] = slots.get(host, 0) + int(count or 1)
+    if ":" not in job.hosts and max(slots.values()) == 1:
+        return [f"--nodes={len(slots)}", f"--nodelist={','.join(slots)}"]
+    left, used = job.ranks, dict[str, int]()
+    for host, count in slots.items():
+        if taken := min(count, left):
+            used[host] = taken
+        left -= taken
+    if left or len(set(used.values())) > 1:
+        layout = ", ".join(f"{count} on {host}" for host, count in used.items())
+        why = f"{left} more than the slots" if left else "srun puts as many on every node"
+        raise ValueError(f"-np {job.ranks} -H {job.hosts} is {layout}, and {why}: correct it, or --launcher mpirun")
+    each = next(iter(used.values()))
+    return [f"--nodes={len(used)}", f"--ntasks-per-node={each}", f"--nodelist={','.join(used)}"]
