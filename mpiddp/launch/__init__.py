@@ -8,7 +8,7 @@ inherit. Nothing in here imports MPI or torch.
 
 from __future__ import annotations
 
-from .check import check_size
+from .check import check_size, is_interactive
 from .deadline import first_words
 from .detect import Launch, detect
 from .environment import after_mpi, joins
@@ -35,6 +35,7 @@ __all__ = [
     "foreign_launcher",
     "foreign_launcher_here",
     "interfaces",
+    "is_interactive",
     "is_open",
     "joins",
     "mpi_is_wheel",

@@ -131,6 +131,12 @@ def test_srun_on_hosts_that_it_cannot_serve(ranks: int, hosts: str, said: str) -
         command_line(SRUN, Job(ranks, PROGRAM, hosts=hosts), Machine(8, False, {}))
 
 
+@pytest.mark.parametrize("name", ["PBS_NODEFILE", "LSB_MCPU_HOSTS", "PE_HOSTFILE", "FLUX_JOB_ID"])
+def test_in_a_job_of_another_scheduler_other_hosts_take_part(name: str) -> None:
+    inside = command_line(OPEN_MPI, Job(16, PROGRAM), Machine(8, False, {name: "x"}, has_cuda_wheels=True))
+    assert " ".join(inside[:5]) == "/m/mpirun -np 16 --bind-to none" and "ucx" not in inside
+
+
 def test_mpich_and_intel_mpi() -> None:
     mpich = Launcher("/m/mpiexec", "mpich", 5)
     assert line(mpich, Job(2, PROGRAM)) == "/m/mpiexec -n 2 -bind-to core:4 -genv OMP_NUM_THREADS 4"
@@ -188,6 +194,18 @@ def test_run_prints_the_command_and_becomes_it(
     assert capsys.readouterr().err.strip() == " ".join(words)
     assert main(["run", "-np", "2", "--dry-run", "--", "sh", "-c", "true"]) == 0
     assert len(executed) == 1 and capsys.readouterr().out.strip().endswith("/sh -c true")
+
+
+def test_run_in_a_step_s_shell_or_notebook(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(arguments, "find", lambda *_: OPEN_MPI)
+    step = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_LOCALID": "0"}
+    for name, value in step.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit):
+        main(["run", "-np", "2", "--dry-run", "x.py"])
+    assert "this is a rank already" in capsys.readouterr().err
+    monkeypatch.setenv("SLURM_PTY_PORT", "4711")
+    assert main(["run", "-np", "2", "--dry-run", "x.py"]) == 0
 
 
 @pytest.mark.parametrize(

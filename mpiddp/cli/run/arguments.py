@@ -53,7 +53,8 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     environ = config.environ()
-    if (started := launch.detect(environ)).kind != "none":
+    started = launch.detect(environ)
+    if started.kind != "none" and not launch.is_interactive(started, environ, ()):
         args.error(f"this is a rank already (started by {started.kind}): mpiddp run is what starts the ranks")
     if args.ranks < 1 or (args.cpus is not None and args.cpus < 1):
         args.error(f"-np {args.ranks} and --cpus-per-rank must be at least 1")

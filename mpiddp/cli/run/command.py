@@ -59,15 +59,23 @@ def _cpus(job: Job, machine: Machine) -> int | None:
     allotted = machine.environ.get("SLURM_CPUS_PER_TASK", "")
     if allotted.isdigit():
         return int(allotted)
-    if job.hosts or job.hostfile or "SLURM_JOB_ID" in machine.environ:
+    if _is_elsewhere(job, machine):
         return None
     return machine.cores // job.ranks or None
 
 
+#: Slurm, PBS, LSF, Grid Engine and Flux: mpirun takes the hosts of their jobs by itself.
+_ALLOCATIONS = ("SLURM_JOB_ID", "PBS_NODEFILE", "LSB_HOSTS", "LSB_MCPU_HOSTS", "PE_HOSTFILE", "FLUX_JOB_ID")
+
+
+def _is_elsewhere(job: Job, machine: Machine) -> bool:
+    """Whether ranks may start on other hosts than this one."""
+    return bool(job.hosts or job.hostfile) or any(name in machine.environ for name in _ALLOCATIONS)
+
+
 def _is_crowded(job: Job, machine: Machine) -> bool:
     """More ranks than cores: they must give way to each other."""
-    elsewhere = job.hosts or job.hostfile or "SLURM_JOB_ID" in machine.environ
-    return not elsewhere and job.ranks > machine.cores
+    return not _is_elsewhere(job, machine) and job.ranks > machine.cores
 
 
 _TRUE = ("1", "true", "yes", "on")
@@ -85,7 +93,7 @@ def _gives_gpus(job: Job, machine: Machine) -> bool:
     chosen = _chosen(job, machine)
     if chosen.get("pml") != "ucx" and not is_open(chosen, "ucx"):
         return False
-    return not (job.hosts or job.hostfile or "SLURM_JOB_ID" in machine.environ)
+    return not _is_elsewhere(job, machine)
 
 
 _MCA_FLAGS = ("mca", "gmca", "omca")
@@ -174,17 +182,18 @@ def _srun_nodes(job: Job) -> list[str]:
         return [f"--nodelist={job.hosts}"]  # Slurm's own n[1-4]
     slots: dict[str, int] = {}
     for item in job.hosts.split(","):
-        host, colon, count = item.partition(":")
-        if colon and not count.isdigit():
+        host, colon, given = item.partition(":")
+        if colon and not given.isdigit():
             raise ValueError(f"{item} is no host and its slots: a:4")
-        slots[host] = slots.get(host, 0) + int(count or 1)
+        slots[host] = slots.get(host, 0) + int(given or 1)
     if ":" not in job.hosts and max(slots.values()) == 1:
         return [f"--nodes={len(slots)}", f"--nodelist={','.join(slots)}"]
-    left, used = job.ranks, dict[str, int]()
+    left = job.ranks
+    used: dict[str, int] = {}
     for host, count in slots.items():
-        if taken := min(count, left):
-            used[host] = taken
-        left -= taken
+        if left and count:
+            used[host] = min(count, left)
+            left -= used[host]
     if left or len(set(used.values())) > 1:
         layout = ", ".join(f"{count} on {host}" for host, count in used.items())
         why = f"{left} more than the slots" if left else "srun puts as many on every node"
