@@ -56,6 +56,8 @@ def test_what_somebody_chose_for_open_mpi_stays() -> None:
     assert given(more) == ["btl_tcp_max_send_size", "btl_tcp_flags"], "the second is the user's"
     assert given(Job(2, PROGRAM, passed=["OMPI_MCA_btl_tcp_links=3"])) == ["btl_tcp_flags", "btl_tcp_max_send_size"]
     assert "pml" in given(job, True) and "pml" in given(job, True, pml="^cm")
+    tolerant = Job(2, PROGRAM, hosts="a,b", passed=["MPIDDP_FAULT_TOLERANT=1"])
+    assert "--mca pml ob1" in line(OPEN_MPI, tolerant), "init() cannot set it on several hosts"
     for chosen in ("ob1", "^ucx"):
         assert not any(name == "pml" or "ucx" in name for name in given(job, True, pml=chosen)), chosen
 

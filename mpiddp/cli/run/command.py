@@ -81,14 +81,23 @@ def _is_crowded(job: Job, machine: Machine) -> bool:
 _TRUE = ("1", "true", "yes", "on")
 
 
+def _settings(job: Job, machine: Machine) -> dict[str, str]:
+    """What the ranks' environment will hold of ours."""
+    return {**machine.environ, **dict(item.split("=", 1) for item in job.passed if "=" in item)}
+
+
+def _is_fault_tolerant(job: Job, machine: Machine) -> bool:
+    return _settings(job, machine).get("MPIDDP_FAULT_TOLERANT", "").lower() in _TRUE
+
+
 def _gives_gpus(job: Job, machine: Machine) -> bool:
     """Whether MPI is to take GPUs' memory: as the user has it, else where the wheels can, all ranks are here, and
     nothing is set that excludes it."""
-    settings = {**machine.environ, **dict(item.split("=", 1) for item in job.passed if "=" in item)}
+    settings = _settings(job, machine)
     wanted = settings.get("MPIDDP_CUDA_AWARE", "")
     if wanted or not machine.has_cuda_wheels:
         return machine.has_cuda_wheels and wanted.lower() in _TRUE
-    if settings.get("MPIDDP_LOCAL", "").lower() == "nccl" or settings.get("MPIDDP_FAULT_TOLERANT", "").lower() in _TRUE:
+    if settings.get("MPIDDP_LOCAL", "").lower() == "nccl" or _is_fault_tolerant(job, machine):
         return False
     chosen = _chosen(job, machine)
     if chosen.get("pml") != "ucx" and not is_open(chosen, "ucx"):
@@ -137,6 +146,7 @@ def _open_mpi(launcher: Launcher, job: Job, machine: Machine) -> list[str]:
     words += ["--bind-to", "none"] if cpus is None else ["--map-by", f"slot:PE={cpus}", "--bind-to", "core"]
     # What init() would set; but here it is seen, holds before Python starts, and reaches every host.
     wanted = TCP | ({"mpi_yield_when_idle": "1"} if crowded else {}) | (UCX if _gives_gpus(job, machine) else {})
+    wanted |= {"pml": "ob1"} if _is_fault_tolerant(job, machine) else {}
     chosen = _chosen(job, machine)
     for name, value in wanted.items():
         if name not in chosen or (name == "pml" and is_open(chosen, value)):  # "^ob1" chooses none
