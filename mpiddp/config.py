@@ -64,11 +64,13 @@ class Config:
         values: dict[str, Any] = {}
         for variable in VARIABLES:
             for alias, scale in variable.aliases:
-                if alias in environ and variable.name not in environ:
+                # DYNAMIC: Horovod's word for a trace that the program itself starts.
+                if environ.get(alias, "DYNAMIC") != "DYNAMIC" and variable.name not in environ:
                     values[variable.field] = variable.read(alias, environ[alias], scale)
             if variable.name in environ:
                 values[variable.field] = variable.read(variable.name, environ[variable.name])
-        if environ.get("HOROVOD_STALL_CHECK_DISABLE", "0") not in ("", "0") and "MPIDDP_STALL_WARN_S" not in environ:
+        unchecked = environ.get("HOROVOD_STALL_CHECK_DISABLE", "").strip().lower()
+        if unchecked not in _FALSE and "MPIDDP_STALL_WARN_S" not in environ:
             values["stall_warn_s"] = 0.0
         return cls(**values)
 
