@@ -198,6 +198,16 @@ def test_run_prints_the_command_and_becomes_it(
     assert len(executed) == 1 and capsys.readouterr().out.strip().endswith("/sh -c true")
 
 
+@pytest.mark.parametrize("option", ["--l", "--h", "--s", "--host", "--time", "-n", "--help"])
+def test_options_of_the_program_are_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    monkeypatch.setattr(arguments, "find", lambda *_: OPEN_MPI)
+    for words in (["run", "-np", "2", "--dry-run", "--launcher-args=--tag-output"], ["slurm"]):
+        assert main([*words, "train.py", option, "3"]) == 0
+        assert f" train.py {option} 3" in capsys.readouterr().out
+
+
 def test_run_in_a_step_s_shell_or_notebook(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(arguments, "find", lambda *_: OPEN_MPI)
     step = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_LOCALID": "0"}

@@ -45,7 +45,10 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--launcher", choices=["auto", "mpirun", "srun"], default="auto")
     parser.add_argument("--mpi", default="pmix", help="srun's --mpi (default pmix; pmi2 for MPICH)")
     parser.add_argument(
-        "--launcher-args", default="", metavar="WORDS", help="more words for the launcher, in one argument"
+        "--launcher-args",
+        default="",
+        metavar="WORDS",
+        help="more words for the launcher, in one argument: --launcher-args='--tag-output'",
     )
     parser.add_argument("--dry-run", action="store_true", help="only print the command")
     parser.add_argument("program", nargs=argparse.REMAINDER, metavar="PROGRAM ...", help="python train.py, say")
