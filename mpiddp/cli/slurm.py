@@ -152,7 +152,8 @@ def _mpirun(args: argparse.Namespace, variables: list[str]) -> list[str]:
     passed = " ".join(f"-x {name}" for name in variables)
     start = [
         "# mpirun takes the nodes and the number of ranks from Slurm.",
-        f'mpirun --map-by "slot:PE=$SLURM_CPUS_PER_TASK" --bind-to core {passed} \\',
+        "# Its CPUs are hyperthreads where there are any, which mpirun then counts, too.",
+        f'mpirun --use-hwthread-cpus --map-by "slot:PE=$SLURM_CPUS_PER_TASK" --bind-to hwthread {passed} \\',
         f"    {_program(args)}",
     ]
     if not args.signal:

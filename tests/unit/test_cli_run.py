@@ -130,6 +130,17 @@ def test_srun_on_hosts_that_it_cannot_serve(ranks: int, hosts: str, said: str) -
         command_line(SRUN, Job(ranks, PROGRAM, hosts=hosts), Machine(8, False, {}))
 
 
+def test_hyperthreads_are_counted_by_some_launchers() -> None:
+    def started(launcher: Launcher, job: Job, **environ: str) -> str:
+        return " ".join(command_line(launcher, job, Machine(8, False, environ, cpus_per_core=2)))
+
+    slurm = {"SLURM_JOB_ID": "1", "SLURM_CPUS_PER_TASK": "8"}
+    assert "slot:PE=4 " in started(OPEN_MPI, Job(2, PROGRAM), **slurm)
+    assert "--cpus-per-task=8 " in started(SRUN, Job(2, PROGRAM), **slurm)
+    assert "--cpus-per-task=6 " in started(SRUN, Job(2, PROGRAM, cpus=3))
+    assert "I_MPI_PIN_DOMAIN 8 " in started(Launcher("/m/mpiexec", "intel mpi", 2021), Job(2, PROGRAM))
+
+
 @pytest.mark.parametrize("name", ["PBS_NODEFILE", "LSB_MCPU_HOSTS", "PE_HOSTFILE", "FLUX_JOB_ID"])
 def test_in_a_job_of_another_scheduler_other_hosts_take_part(name: str) -> None:
     inside = command_line(OPEN_MPI, Job(16, PROGRAM), Machine(8, False, {name: "x"}, has_cuda_wheels=True))

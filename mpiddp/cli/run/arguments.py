@@ -79,12 +79,14 @@ def _run(args: argparse.Namespace) -> int:
         shlex.split(args.launcher_args),
         args.mpi,
     )
+    usable = processes.usable_cpus()
     machine = Machine(
-        binding.cores(processes.usable_cpus()),
+        binding.cores(usable),
         os.geteuid() == 0,
         environ,
         _has_cuda_wheels(environ),
         launch.chosen_parameters(environ, launch.conf_files(environ)),
+        binding.cpus_per_core(usable),
     )
     try:
         words = command_line(launcher, job, machine)

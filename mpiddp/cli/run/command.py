@@ -33,13 +33,14 @@ class Job:
 class Machine:
     """What is known here: the cores that this host's ranks may use, whether we are root, the environment, whether
     this host has a GPU and the wheels whose MPI takes its memory, and the parameters of Open MPI that the environment
-    and its files have chosen."""
+    and its files have chosen, and the CPUs of a core (hyperthreads)."""
 
     cores: int
     is_root: bool
     environ: Mapping[str, str]
     has_cuda_wheels: bool = False
     chosen: Mapping[str, str] = field(default_factory=dict)
+    cpus_per_core: int = 1
 
 
 def command_line(launcher: Launcher, job: Job, machine: Machine) -> list[str]:
@@ -58,7 +59,7 @@ def _cpus(job: Job, machine: Machine) -> int | None:
         return job.cpus
     allotted = machine.environ.get("SLURM_CPUS_PER_TASK", "")
     if allotted.isdigit():
-        return int(allotted)
+        return max(1, int(allotted) // machine.cpus_per_core)  # Slurm counts hyperthreads
     if _is_elsewhere(job, machine):
         return None
     return machine.cores // job.ranks or None
@@ -162,7 +163,11 @@ def _hydra(launcher: Launcher, job: Job, machine: Machine) -> list[str]:
     words += ["-f", job.hostfile] if job.hostfile else []
     cpus = _cpus(job, machine)
     if launcher.kind == "intel mpi":
-        words += ["-genv", "I_MPI_PIN", "0"] if cpus is None else ["-genv", "I_MPI_PIN_DOMAIN", str(cpus)]
+        words += (
+            ["-genv", "I_MPI_PIN", "0"]
+            if cpus is None
+            else ["-genv", "I_MPI_PIN_DOMAIN", str(cpus * machine.cpus_per_core)]
+        )
     else:
         words += ["-bind-to", "none" if cpus is None else f"core:{cpus}"]
     for name, given in _passed(job, machine, cpus).items():
@@ -176,7 +181,9 @@ def _srun(launcher: Launcher, job: Job, machine: Machine) -> list[str]:
     words = ["-n", str(job.ranks), f"--mpi={job.mpi}", *(_srun_nodes(job) if job.hosts else [])]
     words += ["--export=ALL"] if _passed(job, machine, cpus) else []  # sbatch may have said otherwise
     # srun does not take --cpus-per-task over from sbatch.
-    return words + (["--cpu-bind=none"] if cpus is None else [f"--cpus-per-task={cpus}", "--cpu-bind=cores"])
+    return words + (
+        ["--cpu-bind=none"] if cpus is None else [f"--cpus-per-task={cpus * machine.cpus_per_core}", "--cpu-bind=cores"]
+    )
 
 
 def _environment(job: Job, machine: Machine) -> list[str]:
