@@ -17,7 +17,7 @@ from pathlib import Path
 
 from . import config, processes
 
-__all__ = ["NodeFacts", "cores", "facts", "warnings_for_node"]
+__all__ = ["NodeFacts", "cores", "cpus_per_core", "facts", "warnings_for_node"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def facts() -> NodeFacts:
         usable=usable,
         core_of={cpu: _core(cpu) for cpu in usable},
         threads=torch.get_num_threads(),
-        cpus_per_core=max(_count(_core(cpu)) for cpu in usable),
+        cpus_per_core=cpus_per_core(usable),
         allotted_cpus=int(allotted) if allotted.isdigit() else None,
         quota_cpus=_quota(Path("/sys/fs/cgroup/cpu.max")),
     )
@@ -59,6 +59,11 @@ def cores(cpus: frozenset[int]) -> int:
     """On how many whole cores of this machine ``cpus`` lie, and a container's quota leaves."""
     found = len({_core(cpu) for cpu in cpus})
     return min(found, _quota(Path("/sys/fs/cgroup/cpu.max")) or found)
+
+
+def cpus_per_core(cpus: frozenset[int]) -> int:
+    """How many CPUs a core of this machine has (hyperthreads), the most of those that ``cpus`` lie on."""
+    return max(_count(_core(cpu)) for cpu in cpus)
 
 
 def _core(cpu: int) -> str:
@@ -90,7 +95,7 @@ def warnings_for_node(ranks: Sequence[NodeFacts], kind: str) -> list[str]:
     bound = [f"{i} has {r.cores(r.affinity)}" for i, r in enumerate(ranks) if r.cores(r.affinity) < share]
     if bound:
         few = f"on this node each rank's share is {share} cores, but local rank {', '.join(bound)}"
-        return [f"{few}: {_bind_flag(kind, share)}"]
+        return [f"{few}: {_bind_flag(kind, share, ranks[0].cpus_per_core)}"]
     crowds = [text for i in range(len(ranks)) if (text := _crowd(i, ranks))]
     # One thread a rank cannot be reduced: more ranks than cores is the user's choice.
     if crowds and any(r.threads > 1 for r in ranks):
@@ -118,19 +123,20 @@ def _crowd(index: int, ranks: Sequence[NodeFacts]) -> str | None:
     return f"{threads} threads of {len(sharing)} rank(s) on {cpus} CPU(s)"
 
 
-def _bind_flag(kind: str, cores: int) -> str:
+def _bind_flag(kind: str, cores: int, cpus_per_core: int) -> str:
+    cpus = cores * cpus_per_core  # what Intel MPI, Slurm and PALS count
     if kind == "open mpi":
         return f"start with `mpirun --map-by slot:PE={cores} --bind-to core`, or `--bind-to none`"
     if kind == "mpich":
         return f"start with `mpiexec -bind-to core:{cores}`, or `-bind-to none`"
     if kind == "intel mpi":
-        return f"start with `mpiexec -genv I_MPI_PIN_DOMAIN {cores}`, or `-genv I_MPI_PIN 0`"
+        return f"start with `mpiexec -genv I_MPI_PIN_DOMAIN {cpus}`, or `-genv I_MPI_PIN 0`"
     if kind == "slurm":
         return (
-            f"start with `srun --cpus-per-task={cores}` (srun does not take it over from sbatch), or `--cpu-bind=none`"
+            f"start with `srun --cpus-per-task={cpus}` (srun does not take it over from sbatch), or `--cpu-bind=none`"
         )
     if kind == "pals":
-        return f"start with `mpiexec --depth={cores} --cpu-bind=depth`"
+        return f"start with `mpiexec --depth={cpus} --cpu-bind=depth`"
     if kind == "flux":
         return f"start with `flux run --cores-per-task={cores}`"
     if kind == "jsm":

@@ -15,7 +15,7 @@ from typing import Any
 
 from .errors import ConfigError
 
-__all__ = ["VARIABLES", "Config", "Variable", "environ", "export", "ignored_horovod", "remove"]
+__all__ = ["VARIABLES", "Config", "Variable", "environ", "export", "ignored_horovod", "parse_signals", "remove"]
 
 MIB = 1 << 20
 
@@ -64,11 +64,13 @@ class Config:
         values: dict[str, Any] = {}
         for variable in VARIABLES:
             for alias, scale in variable.aliases:
-                if alias in environ and variable.name not in environ:
+                # DYNAMIC: Horovod's word for a trace that the program itself starts.
+                if environ.get(alias, "DYNAMIC") != "DYNAMIC" and variable.name not in environ:
                     values[variable.field] = variable.read(alias, environ[alias], scale)
             if variable.name in environ:
                 values[variable.field] = variable.read(variable.name, environ[variable.name])
-        if environ.get("HOROVOD_STALL_CHECK_DISABLE", "0") not in ("", "0") and "MPIDDP_STALL_WARN_S" not in environ:
+        unchecked = environ.get("HOROVOD_STALL_CHECK_DISABLE", "").strip().lower()
+        if unchecked not in _FALSE and "MPIDDP_STALL_WARN_S" not in environ:
             values["stall_warn_s"] = 0.0
         return cls(**values)
 
@@ -153,8 +155,11 @@ def _one_of(*names: str) -> Callable[[str], str]:
     return parse
 
 
-def _signals(text: str) -> str:
-    names = [name.strip().upper().removeprefix("SIG") for name in text.split(",") if name.strip()]
+def parse_signals(text: str) -> str:
+    """``sigusr1,15`` as ``USR1,TERM``. Raises ValueError for what no process can receive."""
+    known = {str(number.value): number.name for number in signal.Signals}
+    given = [name.strip().upper() for name in text.split(",") if name.strip()]
+    names = [known.get(name, name).removeprefix("SIG") for name in given]
     for name in names:
         if f"SIG{name}" not in signal.Signals.__members__ or name in ("KILL", "STOP"):
             raise ValueError(f"{name} is no signal that a process can receive")
@@ -241,7 +246,7 @@ VARIABLES: tuple[Variable, ...] = (
     Variable(
         "MPIDDP_PREEMPT_SIGNAL",
         "preempt_signal",
-        _signals,
+        parse_signals,
         "names of signals, with commas between, that announce the end of the job to mpiddp.checkpoint; empty: none",
     ),
     Variable("MPIDDP_REQUEUE", "requeue", _boolean, "1: a job that leaves at a signal requeues itself in Slurm"),

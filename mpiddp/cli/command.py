@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import IO, NoReturn
+from typing import IO, Any, NoReturn
 
 from .. import config, launch
 
@@ -42,7 +42,13 @@ def parse_positive(text: str) -> float:
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose help and errors come from rank 0 alone; the others end with the same code in silence."""
+    """An ArgumentParser whose help and errors come from rank 0 alone; the others end with the same code in silence.
+
+    It takes no abbreviations: a program's own ``--s`` would be one of several options here, and so an error.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **options})
 
     def print_help(self, file: IO[str] | None = None) -> None:  # type: ignore[override]
         """As the base class's, on rank 0."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import sys
 
+from .. import config
 from .command import Command
 
 __all__ = ["COMMAND", "script"]
@@ -19,10 +21,19 @@ Print a batch script for Slurm that starts a program on every rank. Look at it, 
 
 With --signal the job is told of its end so many seconds early; a script that asks mpiddp.checkpoint.Checkpoints for
 preempted() then leaves with a checkpoint, and with --requeue the job goes back into the queue and goes on from there.
+
+With --array each task is a job of its own and needs a directory of its own, for checkpoints too. $SLURM_ARRAY_TASK_ID
+and other names of the job ($SLURM_ARRAY_..., $SLURM_JOB_..., $SLURM_SUBMIT_...) in single quotes are filled in when
+it runs:
+
+    mpiddp slurm --array 0-9 python train.py --checkpoint 'run-$SLURM_ARRAY_TASK_ID' > train.sbatch
 """
 
 #: mpirun ends the job at other signals instead of handing them on.
 _PASSED_ON = ("USR1", "USR2")
+
+#: What is equal in all tasks of the job. $SLURM_PROCID and the like are not: the program's own shell fills them in.
+_OF_THE_JOB = r"\$(?=\{?SLURM_(?:ARRAY|JOB|SUBMIT)_)"
 
 
 def _configure(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +47,7 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seconds-before", type=int, default=120, metavar="S", help="so early (default 120)")
     parser.add_argument("--requeue", action="store_true", help="the job puts itself back into the queue at the signal")
-    parser.add_argument("--array", default="", metavar="TASKS", help="as sbatch's")
+    parser.add_argument("--array", default="", metavar="TASKS", help="as sbatch's; a directory for each task")
     parser.add_argument("--job-name", default="", metavar="NAME")
     parser.add_argument("--sbatch", action="append", default=[], metavar="WORD", help="one more option: partition=gpu")
     parser.add_argument("--module", action="append", default=[], metavar="NAME", help="a module to load")
@@ -49,7 +60,12 @@ def _run(args: argparse.Namespace) -> int:
     args.program = [word for at, word in enumerate(args.program) if at or word != "--"]
     if args.program and args.program[0].endswith(".py"):
         args.program.insert(0, "python")  # as mpiddp run takes it
-    args.signal = args.signal.upper().removeprefix("SIG")
+    try:
+        args.signal = config.parse_signals(args.signal)
+    except ValueError as error:
+        args.error(f"--signal {args.signal}: {error}")
+    if "," in args.signal:
+        args.error(f"--signal {args.signal}: Slurm sends one")
     if not args.program:
         args.error("no program: mpiddp slurm --nodes 2 python train.py")
     counts = (
@@ -72,7 +88,7 @@ def _run(args: argparse.Namespace) -> int:
 
 def script(args: argparse.Namespace) -> str:
     """The whole script."""
-    lines = ["#!/bin/bash", *(f"#SBATCH --{word}" for word in _options(args)), "", "set -euo pipefail"]
+    lines = ["#!/bin/bash", *(f"#SBATCH --{_quoted(word)}" for word in _options(args)), "", "set -euo pipefail"]
     lines += [f"module load {shlex.quote(name)}" for name in args.module]
     lines += [
         "",
@@ -104,11 +120,31 @@ def _options(args: argparse.Namespace) -> list[str]:
     return options + [word.removeprefix("--") for word in args.sbatch]
 
 
+def _quoted(option: str) -> str:
+    """``job-name=my job`` with its value in quotes, unless it needs none or has them."""
+    name, equals, value = option.partition("=")
+    if not re.search(r"[\s#]", value) or re.fullmatch(r"""(["']).*\1""", value):
+        return option
+    return f"{name}{equals}" + '"' + re.sub(r'(["\\])', r"\\\1", value) + '"'
+
+
+def _program(args: argparse.Namespace) -> str:
+    return " ".join(_word(word) for word in args.program)
+
+
+def _word(word: str) -> str:
+    """One word for the shell, in which the job's variables alone stay variables."""
+    parts = re.split(_OF_THE_JOB, word)
+    if len(parts) == 1:
+        return shlex.quote(word)
+    return '"' + "$".join(re.sub(r'(["\\$`])', r"\\\1", part) for part in parts) + '"'
+
+
 def _srun(args: argparse.Namespace) -> list[str]:
     return [
         "# --cpus-per-task stands here again because srun does not take it over from sbatch (Slurm 22.05 and newer).",
         f'srun --mpi={args.mpi} --cpus-per-task="$SLURM_CPUS_PER_TASK" --cpu-bind=cores \\',
-        f"    {shlex.join(args.program)}",
+        f"    {_program(args)}",
     ]
 
 
@@ -116,8 +152,9 @@ def _mpirun(args: argparse.Namespace, variables: list[str]) -> list[str]:
     passed = " ".join(f"-x {name}" for name in variables)
     start = [
         "# mpirun takes the nodes and the number of ranks from Slurm.",
-        f'mpirun --map-by "slot:PE=$SLURM_CPUS_PER_TASK" --bind-to core {passed} \\',
-        f"    {shlex.join(args.program)}",
+        "# Its CPUs are hyperthreads where there are any, which mpirun then counts, too.",
+        f'mpirun --use-hwthread-cpus --map-by "slot:PE=$SLURM_CPUS_PER_TASK" --bind-to hwthread {passed} \\',
+        f"    {_program(args)}",
     ]
     if not args.signal:
         return start

@@ -8,13 +8,13 @@ inherit. Nothing in here imports MPI or torch.
 
 from __future__ import annotations
 
-from .check import check_size
+from .check import check_size, is_interactive
 from .deadline import first_words
 from .detect import Launch, detect
 from .environment import after_mpi, joins
 from .foreign import foreign_launcher, foreign_launcher_here
 from .interfaces import Interface, interfaces
-from .settings import TCP, Prepared, before_mpi, choose_settings, conf_files
+from .settings import TCP, Prepared, before_mpi, choose_settings, chosen_parameters, conf_files, is_open
 from .ucx import MPIRUN_FLAGS, UCX, mpi_is_wheel
 
 __all__ = [
@@ -28,12 +28,15 @@ __all__ = [
     "before_mpi",
     "check_size",
     "choose_settings",
+    "chosen_parameters",
     "conf_files",
     "detect",
     "first_words",
     "foreign_launcher",
     "foreign_launcher_here",
     "interfaces",
+    "is_interactive",
+    "is_open",
     "joins",
     "mpi_is_wheel",
 ]

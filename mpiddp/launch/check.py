@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from ..errors import LaunchError
 from .detect import Launch
 
-__all__ = ["check_size"]
+__all__ = ["check_size", "is_interactive"]
 
 
 def check_size(
@@ -21,7 +21,7 @@ def check_size(
     ranks).
     """
     said = launch.least_size
-    if mpi_size != 1 or said <= 1 or _is_interactive(launch, environ, sys.modules if modules is None else modules):
+    if mpi_size != 1 or said <= 1 or is_interactive(launch, environ, sys.modules if modules is None else modules):
         return
     told = ", ".join(f"{n}={environ[n]}" for n in launch.variables)
     unset = " ".join(f"-u {n}" for n in dict.fromkeys((*launch.variables, "PMIX_RANK", "PMI_RANK")) if n in environ)
@@ -34,7 +34,7 @@ def check_size(
     )
 
 
-def _is_interactive(launch: Launch, environ: Mapping[str, str], modules: Iterable[str]) -> bool:
+def is_interactive(launch: Launch, environ: Mapping[str, str], modules: Iterable[str]) -> bool:
     """A shell or notebook inside a step is its rank 0: what is typed there is alone on purpose.
 
     The variables are inherited by an srun that is started from there, too; its other ranks are not 0 and raise.

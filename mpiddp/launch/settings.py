@@ -20,9 +20,9 @@ from ..config import Config
 from ..errors import ConfigError
 from .detect import Launch, detect
 from .interfaces import Interface, interfaces, leading_nowhere
-from .ucx import load_ucx, mpi_is_wheel, ucx_settings
+from .ucx import load_ucx, mpi_is_wheel, settings_reach_all, ucx_settings
 
-__all__ = ["TCP", "Prepared", "before_mpi", "choose_settings", "conf_files"]
+__all__ = ["TCP", "Prepared", "before_mpi", "choose_settings", "chosen_parameters", "conf_files", "is_open"]
 
 _PREFIX = "OMPI_MCA_"
 _CONF_NAME = "openmpi-mca-params.conf"
@@ -37,7 +37,7 @@ TCP = {"btl_tcp_flags": "313", "btl_tcp_max_send_size": str(1 << 20), "btl_tcp_l
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """What :func:`before_mpi` set, and one line for the user if something could not be set any more."""
+    """What :func:`before_mpi` set, and one line for the user about what could not be set."""
 
     settings: dict[str, str]
     lost: str | None = None
@@ -84,13 +84,13 @@ def choose_settings(
     ``files`` are Open MPI's files of parameters, ``node_cpus`` the number of CPUs that this node's ranks may use,
     ``is_wheel`` whether MPI is the wheel in Python's environment, ``node_interfaces`` those that MPI would find here.
     """
-    chosen = _chosen(environ, files)
+    chosen = chosen_parameters(environ, files)
     # The layer itself is left to Open MPI, which knows the fabric: ob1 would lose it.
     wanted = {**TCP, **_left_out(chosen, node_interfaces)}
-    if config.fault_tolerant and _is_open(chosen, "ob1"):
-        wanted["pml"] = "ob1"  # the only layer that survives the death of a peer; ucx does not even start with it
+    if config.fault_tolerant:  # ob1 is the only layer that survives the death of a peer
+        wanted |= {"pml": "ob1"} if is_open(chosen, "ob1") and settings_reach_all(launch) else {}
     elif config.cuda_aware and is_wheel:
-        wanted |= ucx_settings(launch, chosen.get("pml"), _is_open(chosen, "ucx"))
+        wanted |= ucx_settings(launch, chosen.get("pml"), is_open(chosen, "ucx"))
     if (launch.local_size or 1) > node_cpus:
         # A rank that spins keeps its peer from the core: a 4-byte all-reduce took 4 ms without.
         wanted["mpi_yield_when_idle"] = "1"
@@ -105,7 +105,7 @@ def _left_out(chosen: Mapping[str, str], node_interfaces: Sequence[Interface]) -
     return {"btl_tcp_if_exclude": ",".join(["127.0.0.1/8", "sppp", *names])}  # the first two are the default
 
 
-def _is_open(chosen: Mapping[str, str], layer: str) -> bool:
+def is_open(chosen: Mapping[str, str], layer: str) -> bool:
     """Whether nobody has chosen a layer, nor excluded this one: ``pml = ^ucx``, as Debian has it, chooses none."""
     for value in (chosen.get("pml", "^"), chosen.get("btl", "^")):
         if not value.startswith("^") or layer in value[1:].split(","):
@@ -113,7 +113,7 @@ def _is_open(chosen: Mapping[str, str], layer: str) -> bool:
     return True
 
 
-def _chosen(environ: Mapping[str, str], files: Iterable[Path]) -> dict[str, str]:
+def chosen_parameters(environ: Mapping[str, str], files: Iterable[Path]) -> dict[str, str]:
     """The parameters that somebody has set already, without their prefix; the environment goes before the files."""
     values = {n[len(_PREFIX) :]: value for n, value in environ.items() if n.startswith(_PREFIX)}
     for path in files:
@@ -153,11 +153,24 @@ def before_mpi(config: Config) -> Prepared:
     running = sys.modules.get("mpi4py.MPI")
     if running is not None and running.Is_initialized():
         return Prepared({}, _what_is_lost(settings, launch, running.get_vendor()[0]))
-    layer = settings.get(_PREFIX + "pml") or _chosen(environ, files).get("pml")
+    chosen = chosen_parameters(environ, files)
+    layer = settings.get(_PREFIX + "pml") or chosen.get("pml")
     configuration.export(settings)
     if config.cuda_aware and is_wheel and layer == "ucx":
         load_ucx()
-    return Prepared(settings)
+    return Prepared(settings, _what_does_not_reach_all(config, chosen, launch))
+
+
+def _what_does_not_reach_all(config: Config, chosen: Mapping[str, str], launch: Launch) -> str | None:
+    """One line for the user where fault tolerance was asked for, perhaps on the first host alone."""
+    if not config.fault_tolerant or settings_reach_all(launch) or not is_open(chosen, "ob1"):
+        return None
+    if launch.kind in ("mpich", "intel mpi"):
+        return None  # it is Open MPI's layer
+    return (
+        "MPIDDP_FAULT_TOLERANT=1: Open MPI's layer is left as it is, since other hosts may not know of it, and "
+        "ranks that differ in it abort: start with `mpirun --mca pml ob1 -x MPIDDP_FAULT_TOLERANT=1`, or `mpiddp run`"
+    )
 
 
 def _what_is_lost(settings: Mapping[str, str], launch: Launch, vendor: str) -> str | None:

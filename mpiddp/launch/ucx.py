@@ -15,7 +15,7 @@ from pathlib import Path
 
 from .detect import Launch
 
-__all__ = ["MPIRUN_FLAGS", "UCX", "load_ucx", "mpi_is_wheel", "ucx_settings"]
+__all__ = ["MPIRUN_FLAGS", "UCX", "load_ucx", "mpi_is_wheel", "settings_reach_all", "ucx_settings"]
 
 #: By default Open MPI lets UCX have neither the transports nor the devices of a node without InfiniBand, and takes
 #: another layer. All three are needed.
@@ -29,6 +29,11 @@ MPIRUN_FLAGS = " ".join(f"--mca {name} {value}" for name, value in UCX.items()) 
 _CARRY_THE_ENVIRONMENT = frozenset({"slurm", "flux", "pals", "jsm"})
 
 
+def settings_reach_all(launch: Launch) -> bool:
+    """Whether a setting in the environment of the first host is in that of all ranks."""
+    return launch.is_one_node or launch.kind in _CARRY_THE_ENVIRONMENT
+
+
 def ucx_settings(launch: Launch, layer: str | None, is_open: bool) -> dict[str, str]:
     """What makes Open MPI give buffers to UCX, from facts that are equal on all ranks; empty where they may not be.
 
@@ -36,7 +41,7 @@ def ucx_settings(launch: Launch, layer: str | None, is_open: bool) -> dict[str, 
     """
     if layer == "ucx":
         return {name: value for name, value in UCX.items() if name != "pml"}
-    if is_open and (launch.is_one_node or launch.kind in _CARRY_THE_ENVIRONMENT):
+    if is_open and settings_reach_all(launch):
         return dict(UCX)
     return {}
 

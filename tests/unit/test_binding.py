@@ -59,6 +59,21 @@ def test_bound_to_less_than_the_share(kind: str, flag: str) -> None:
     assert flag in text and "share is 2 cores" in text and "local rank 0 has 1, 1 has 1" in text
 
 
+@pytest.mark.parametrize(
+    ("kind", "flag"),
+    [
+        ("open mpi", "slot:PE=2 "),
+        ("intel mpi", "I_MPI_PIN_DOMAIN 4`"),
+        ("slurm", "--cpus-per-task=4`"),
+        ("pals", "--depth=4 "),
+        ("flux", "--cores-per-task=2`"),
+    ],
+)
+def test_with_hyperthreads_some_launchers_count_threads(kind: str, flag: str) -> None:
+    (text,) = warnings_for_node([rank({at, at + 1}, 1, node=8, smt=2) for at in (0, 2)], kind)
+    assert flag in text and "share is 2 cores" in text
+
+
 def test_one_rank_alone_on_one_core() -> None:
     (text,) = warnings_for_node([rank({0}, 1, 2)], "open mpi")
     assert "share is 2 cores, but local rank 0 has 1" in text

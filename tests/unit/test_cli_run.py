@@ -1,10 +1,7 @@
-"""`mpiddp run` and `mpiddp slurm`: the commands and scripts that they make. Nothing is started."""
+"""`mpiddp run`: the commands that it makes. Nothing is started."""
 
 from __future__ import annotations
 
-import os
-import shlex
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,14 +12,17 @@ from mpiddp.cli import main
 from mpiddp.cli.run import arguments, launchers
 from mpiddp.cli.run.command import Job, Machine, command_line
 from mpiddp.cli.run.launchers import Launcher
+from mpiddp.launch import chosen_parameters
 
 OPEN_MPI = Launcher("/m/mpirun", "open mpi", 5)
+SRUN = Launcher("/s/srun", "slurm")
 PROGRAM = ["/p/python", "train.py"]
 TCP = "--mca btl_tcp_flags 313 --mca btl_tcp_max_send_size 1048576 --mca btl_tcp_links 2"
 
 
 def line(launcher: Launcher, job: Job, cores: int = 8, root: bool = False, **environ: str) -> str:
-    words = command_line(launcher, job, Machine(cores, root, environ))
+    chosen = chosen_parameters(environ, ())
+    words = command_line(launcher, job, Machine(cores, root, environ, chosen=chosen))
     assert words[-len(job.program) :] == list(job.program)
     return " ".join(words[: -len(job.program)])
 
@@ -38,6 +38,25 @@ def test_open_mpi() -> None:
     )
     chosen = line(OPEN_MPI, Job(8, PROGRAM, more=["--tag-output"]), OMPI_MCA_btl_tcp_links="4")
     assert "btl_tcp_links" not in chosen and chosen.endswith("OMP_NUM_THREADS=1 --tag-output")
+
+
+def test_what_somebody_chose_for_open_mpi_stays() -> None:
+    """The command line would go before files, environment and what the user adds to it."""
+
+    def given(job: Job, has_wheels: bool = False, **chosen: str) -> list[str]:
+        words = command_line(OPEN_MPI, job, Machine(8, False, {}, has_wheels, chosen))
+        return [words[at + 1] for at, word in enumerate(words) if word == "--mca"]
+
+    job = Job(2, PROGRAM)
+    assert given(job, btl_tcp_links="8") == ["btl_tcp_flags", "btl_tcp_max_send_size"]
+    more = Job(2, PROGRAM, more=["--mca", "btl_tcp_flags", "1", "-gmca", "btl_tcp_links", "8"])
+    assert given(more) == ["btl_tcp_max_send_size", "btl_tcp_flags"], "the second is the user's"
+    assert given(Job(2, PROGRAM, passed=["OMPI_MCA_btl_tcp_links=3"])) == ["btl_tcp_flags", "btl_tcp_max_send_size"]
+    assert "pml" in given(job, True) and "pml" in given(job, True, pml="^cm")
+    tolerant = Job(2, PROGRAM, hosts="a,b", passed=["MPIDDP_FAULT_TOLERANT=1"])
+    assert "--mca pml ob1" in line(OPEN_MPI, tolerant), "init() cannot set it on several hosts"
+    for chosen in ("ob1", "^ucx"):
+        assert not any(name == "pml" or "ucx" in name for name in given(job, True, pml=chosen)), chosen
 
 
 def test_open_mpi_on_hosts_of_which_nothing_is_known() -> None:
@@ -75,11 +94,57 @@ def test_in_a_slurm_job() -> None:
     inside = line(OPEN_MPI, Job(16, PROGRAM), SLURM_JOB_ID="1", SLURM_CPUS_PER_TASK="3")
     assert "slot:PE=3" in inside and "oversubscribe" not in inside
     assert "--bind-to none" in line(OPEN_MPI, Job(16, PROGRAM), SLURM_JOB_ID="1")
-    srun = Launcher("/s/srun", "slurm")
-    assert line(srun, Job(4, PROGRAM, cpus=2, hosts="a:2,b:2")) == (
-        "/s/srun -n 4 --mpi=pmix --nodelist=a,b --cpus-per-task=2 --cpu-bind=cores --export=ALL,OMP_NUM_THREADS=2"
+    assert line(SRUN, Job(4, PROGRAM, cpus=2, hosts="a:2,b:2")) == (
+        "/usr/bin/env OMP_NUM_THREADS=2 /s/srun -n 4 --mpi=pmix --nodes=2 --ntasks-per-node=2 --nodelist=a,b "
+        "--export=ALL --cpus-per-task=2 --cpu-bind=cores"
     )
-    assert line(srun, Job(4, PROGRAM, mpi="pmi2"), SLURM_JOB_ID="1") == "/s/srun -n 4 --mpi=pmi2 --cpu-bind=none"
+    commas = command_line(SRUN, Job(2, PROGRAM, passed=["MPIDDP_PREEMPT_SIGNAL=USR1,TERM"]), Machine(2, False, {}))
+    assert commas[:3] == ["/usr/bin/env", "OMP_NUM_THREADS=1", "MPIDDP_PREEMPT_SIGNAL=USR1,TERM"]
+    assert line(SRUN, Job(4, PROGRAM, mpi="pmi2"), SLURM_JOB_ID="1") == "/s/srun -n 4 --mpi=pmi2 --cpu-bind=none"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "hosts", "words"),
+    [
+        (4, "a,b", "--nodes=2 --nodelist=a,b"),
+        (12, "a:6,b:6", "--nodes=2 --ntasks-per-node=6 --nodelist=a,b"),
+        (6, "a:6,b:2", "--nodes=1 --ntasks-per-node=6 --nodelist=a"),
+        (4, "a,b,a,b", "--nodes=2 --ntasks-per-node=2 --nodelist=a,b"),
+        (8, "n[1-2,4]", "--nodelist=n[1-2,4]"),
+    ],
+)
+def test_srun_on_hosts(ranks: int, hosts: str, words: str) -> None:
+    assert line(SRUN, Job(ranks, PROGRAM, hosts=hosts)) == f"/s/srun -n {ranks} --mpi=pmix {words} --cpu-bind=none"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "hosts", "said"),
+    [
+        (8, "a:6,b:2", "6 on a, 2 on b, and srun puts as many on every node: correct it, or --launcher mpirun"),
+        (9, "a:4,b:4", "1 more than the slots"),
+        (2, "a:x", "a:x is no host and its slots"),
+    ],
+)
+def test_srun_on_hosts_that_it_cannot_serve(ranks: int, hosts: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        command_line(SRUN, Job(ranks, PROGRAM, hosts=hosts), Machine(8, False, {}))
+
+
+def test_hyperthreads_are_counted_by_some_launchers() -> None:
+    def started(launcher: Launcher, job: Job, **environ: str) -> str:
+        return " ".join(command_line(launcher, job, Machine(8, False, environ, cpus_per_core=2)))
+
+    slurm = {"SLURM_JOB_ID": "1", "SLURM_CPUS_PER_TASK": "8"}
+    assert "slot:PE=4 " in started(OPEN_MPI, Job(2, PROGRAM), **slurm)
+    assert "--cpus-per-task=8 " in started(SRUN, Job(2, PROGRAM), **slurm)
+    assert "--cpus-per-task=6 " in started(SRUN, Job(2, PROGRAM, cpus=3))
+    assert "I_MPI_PIN_DOMAIN 8 " in started(Launcher("/m/mpiexec", "intel mpi", 2021), Job(2, PROGRAM))
+
+
+@pytest.mark.parametrize("name", ["PBS_NODEFILE", "LSB_MCPU_HOSTS", "PE_HOSTFILE", "FLUX_JOB_ID"])
+def test_in_a_job_of_another_scheduler_other_hosts_take_part(name: str) -> None:
+    inside = command_line(OPEN_MPI, Job(16, PROGRAM), Machine(8, False, {name: "x"}, has_cuda_wheels=True))
+    assert " ".join(inside[:5]) == "/m/mpirun -np 16 --bind-to none" and "ucx" not in inside
 
 
 def test_mpich_and_intel_mpi() -> None:
@@ -141,79 +206,37 @@ def test_run_prints_the_command_and_becomes_it(
     assert len(executed) == 1 and capsys.readouterr().out.strip().endswith("/sh -c true")
 
 
+@pytest.mark.parametrize("option", ["--l", "--h", "--s", "--host", "--time", "-n", "--help"])
+def test_options_of_the_program_are_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    monkeypatch.setattr(arguments, "find", lambda *_: OPEN_MPI)
+    for words in (["run", "-np", "2", "--dry-run", "--launcher-args=--tag-output"], ["slurm"]):
+        assert main([*words, "train.py", option, "3"]) == 0
+        assert f" train.py {option} 3" in capsys.readouterr().out
+
+
+def test_run_in_a_step_s_shell_or_notebook(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(arguments, "find", lambda *_: OPEN_MPI)
+    step = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_LOCALID": "0"}
+    for name, value in step.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit):
+        main(["run", "-np", "2", "--dry-run", "x.py"])
+    assert "this is a rank already" in capsys.readouterr().err
+    monkeypatch.setenv("SLURM_PTY_PORT", "4711")
+    assert main(["run", "-np", "2", "--dry-run", "x.py"]) == 0
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["run", "-np", "2"], "no program"),
         (["run", "-np", "0", "x"], "must be at least 1"),
         (["run", "-np", "2", "-H", "a:1", "--hostfile", "f", "x"], "not allowed with"),
-        (["slurm"], "no program"),
-        (["slurm", "--nodes", "0", "x"], "must be at least 1"),
-        (["slurm", "--launcher", "mpirun", "--signal", "TERM", "x"], "hands on only USR1 and USR2"),
-        (["slurm", "--signal", "", "--requeue", "x"], "--requeue needs a --signal"),
     ],
 )
 def test_wrong_arguments(capsys: pytest.CaptureFixture[str], words: list[str], said: str) -> None:
     with pytest.raises(SystemExit) as end:
         main(words)
     assert end.value.code == 2 and said in capsys.readouterr().err
-
-
-def printed(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    assert main(["slurm", *words]) == 0
-    text = capsys.readouterr().out
-    assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
-    return text
-
-
-def test_a_script_with_srun(capsys: pytest.CaptureFixture[str]) -> None:
-    text = printed(
-        capsys, "--nodes", "2", "--gpus-per-node", "4", "--cpus-per-rank", "8", "--requeue", "--array", "0-9",
-        "--sbatch", "partition=gpu", "--module", "openmpi/5", "python", "dir/train.py", "--name", "a b",
-    )  # fmt: skip
-    options = [word.removeprefix("#SBATCH --") for word in text.splitlines() if word.startswith("#SBATCH")]
-    assert options == [
-        "job-name=train", "nodes=2", "ntasks-per-node=4", "cpus-per-task=8", "gpus-per-node=4", "time=01:00:00",
-        "signal=USR1@120", "requeue", "array=0-9", "output=%x-%A_%a.out", "open-mode=append", "partition=gpu",
-    ]  # fmt: skip
-    assert 'srun --mpi=pmix --cpus-per-task="$SLURM_CPUS_PER_TASK" --cpu-bind=cores \\\n    python dir/train.py' in text
-    assert "'a b'" in text and "module load openmpi/5" in text and "export MPIDDP_REQUEUE=1" in text
-
-
-STAND_IN = """
-import os, signal, sys, time
-signal.signal(signal.SIGUSR1, lambda *_: (print("told", flush=True), sys.exit(5)))
-open("ready", "w").close()
-time.sleep(60)
-"""
-
-
-def test_a_script_with_mpirun_hands_the_signal_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The shell is signalled, as Slurm does it; what it started ends with 5, and so does the shell."""
-    text = printed(capsys, "--launcher", "mpirun", "--signal", "SIGUSR1", "--seconds-before", "60", "python", "x.py")
-    assert "#SBATCH --signal=B:USR1@60" in text and "-x MPIDDP_PREEMPT_SIGNAL" in text
-    executable(tmp_path / "mpirun", f"exec {sys.executable} stand_in.py")
-    (tmp_path / "stand_in.py").write_text(STAND_IN)
-    environ = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_CPUS_PER_TASK": "1"}
-    shell = subprocess.Popen(["bash", "-c", text], cwd=tmp_path, env=environ, stdout=subprocess.PIPE, text=True)
-    try:
-        while not (tmp_path / "ready").exists():
-            assert shell.poll() is None
-        shell.send_signal(10)
-        assert shell.communicate(timeout=20)[0] == "told\n" and shell.returncode == 5
-    finally:
-        shell.kill()
-
-
-def test_a_script_without_a_signal_is_plain(capsys: pytest.CaptureFixture[str]) -> None:
-    text = printed(capsys, "--launcher", "mpirun", "--signal", "", "python", "x.py")
-    assert "trap" not in text and "MPIDDP" not in text and text.endswith("-x OMP_NUM_THREADS \\\n    python x.py\n")
-
-
-@pytest.mark.parametrize("launcher", ["srun", "mpirun"])
-def test_the_examples_are_what_is_printed(capsys: pytest.CaptureFixture[str], launcher: str) -> None:
-    text = (Path(__file__).parents[2] / "examples" / "slurm" / f"{launcher}.sbatch").read_text()
-    note = text[text.index("\n#\n# Submit") : text.index("\n\nset -e")]
-    command = shlex.split(note.partition("Printed by\n")[2].replace("# ", "").replace("\\\n", ""))
-    assert command[:2] == ["mpiddp", "slurm"]
-    assert printed(capsys, *command[2:]) == text.replace(note, "")

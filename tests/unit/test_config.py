@@ -39,6 +39,13 @@ def test_horovod_variables_are_aliases() -> None:
     assert ignored_horovod(environ) == ["HOROVOD_CYCLE_TIME"]
 
 
+def test_what_horovod_s_values_mean() -> None:
+    assert Config.from_environ({"HOROVOD_TIMELINE": "DYNAMIC"}).timeline == ""
+    assert Config.from_environ({"HOROVOD_TIMELINE": "a.json"}).timeline == "a.json"
+    for text, seconds in {"": 60, "0": 60, "false": 60, "No": 60, "1": 0, "true": 0}.items():
+        assert Config.from_environ({"HOROVOD_STALL_CHECK_DISABLE": text}).stall_warn_s == seconds, text
+
+
 def test_every_field_has_a_variable() -> None:
     assert {v.field for v in VARIABLES} == set(Config.__dataclass_fields__)
 

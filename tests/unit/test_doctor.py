@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import threading
+import types
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from mpiddp.binding import NodeFacts
-from mpiddp.cli.doctor import machine, measure
+from mpiddp.cli.doctor import examine, machine, measure
 from mpiddp.cli.doctor.checks import findings
 from mpiddp.cli.doctor.facts import Job, Pair
 from mpiddp.cli.doctor.finding import Finding, exit_code
@@ -253,3 +254,11 @@ def test_this_machine_can_be_looked_at() -> None:
     here = machine.look()
     assert here.limits["NOFILE"] is None or here.limits["NOFILE"] > 0
     assert all(i.address.count(".") == 3 and i.name != "lo" for i in here.interfaces)
+
+
+def test_settings_that_exclude_each_other_are_no_missing_mpi(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MPIDDP_CUDA_AWARE", "1")
+    monkeypatch.setenv("MPIDDP_LOCAL", "nccl")
+    alone = rank(0, 1, 1, config_problem="")
+    examined, _ = examine.examine(cast(Watch, types.SimpleNamespace()), alone)
+    assert [finding.name for finding in findings(examined)] == ["setting"]

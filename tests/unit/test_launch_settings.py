@@ -50,6 +50,12 @@ def test_on_several_nodes_only_where_the_launcher_carries_the_variable(kind: str
     assert choose_settings(Config(cuda_aware=True), {}, (), Launch("none"), 8)["OMPI_MCA_pml"] == "ucx"
 
 
+@pytest.mark.parametrize(("kind", "is_set"), [("open mpi", False), ("slurm", True), ("pmix", False)])
+def test_fault_tolerance_on_several_nodes(kind: str, is_set: bool) -> None:
+    found = choose_settings(Config(fault_tolerant=True), {}, (), Launch(kind, 0, 8, 0, 4), 8)
+    assert ("OMPI_MCA_pml" in found) == is_set
+
+
 def test_ucx_chosen_by_mpirun_gets_what_it_needs() -> None:
     ucx = {"OMPI_MCA_opal_common_ucx_tls": "any", "OMPI_MCA_opal_common_ucx_devices": "any"}
     assert choose(Config(cuda_aware=True), {"OMPI_MCA_pml": "ucx"}) == {**LINKS, **ucx}
@@ -166,6 +172,18 @@ def test_too_late_on_several_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(f"OMPI_COMM_WORLD_{name}", value)
     lost = launch.before_mpi(Config()).lost
     assert lost is not None and "OMPI_MCA_btl_tcp_links=2" in lost
+
+
+@pytest.mark.usefixtures("clean")
+def test_fault_tolerance_that_may_not_reach_all_hosts_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "0", "SIZE": "8", "LOCAL_RANK": "0", "LOCAL_SIZE": "1"}.items():
+        monkeypatch.setenv(f"OMPI_COMM_WORLD_{name}", value)
+    prepared = launch.before_mpi(Config(fault_tolerant=True))
+    assert "OMPI_MCA_pml" not in prepared.settings
+    assert "mpirun --mca pml ob1 -x MPIDDP_FAULT_TOLERANT=1" in (prepared.lost or "")
+    assert launch.before_mpi(Config()).lost is None
+    monkeypatch.setenv("OMPI_MCA_pml", "ob1")
+    assert launch.before_mpi(Config(fault_tolerant=True)).lost is None
 
 
 @pytest.mark.usefixtures("clean")

@@ -135,16 +135,19 @@ def test_partners() -> None:
 
 
 def test_numbers_as_people_write_them() -> None:
-    assert [arguments.parse_count(text) for text in ("7", "25M", "1.3B", "64k")] == [
+    assert [arguments.parse_count(text) for text in ("7", "25M", "1.3B", "64k", "4.1M")] == [
         7,
         25_000_000,
         1_300_000_000,
         64_000,
+        4_100_000,
     ]
     assert arguments.parse_nodes("2,16") == [2, 16]
     for parse, text in (
         (arguments.parse_count, "many"),
         (arguments.parse_count, "0.5"),
+        (arguments.parse_count, "nan"),
+        (arguments.parse_count, "inf"),
         (arguments.parse_nodes, "2,0"),
         (arguments.parse_nodes, ""),
         (arguments.parse_positive, "-1"),

@@ -90,6 +90,8 @@ def _with_mpi(watch: Watch, alone: Facts) -> tuple[Facts, World | None]:
     try:
         launch.before_mpi(_settings(config.environ())[0])
         mpi = start_mpi()
+    except ConfigError as error:
+        return dataclasses.replace(alone, config_problem=_first_line(error)), None
     except (MpiddpError, ImportError, RuntimeError, OSError) as error:
         return dataclasses.replace(alone, mpi_problem=_first_line(error)), None
     own = _of_mpi(alone)

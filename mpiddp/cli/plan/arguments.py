@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import decimal
 from pathlib import Path
 
 from ..bench.models import MODELS
@@ -29,10 +30,11 @@ def parse_count(text: str) -> int:
     unit = text.strip()[-1:].upper()
     unit = unit if unit in _UNITS else ""
     try:
-        value = float(text.strip()[: -1 if unit else None]) * _UNITS[unit]
-    except ValueError:
-        value = 0
-    if not 1 <= value < 1e15 or value != int(value):
+        value = decimal.Decimal(text.strip()[: -1 if unit else None]) * _UNITS[unit]  # as a float 4.1M is no integer
+    except decimal.InvalidOperation:
+        value = decimal.Decimal(0)
+    value = value if value.is_finite() else decimal.Decimal(0)
+    if not 1 <= value < 10**15 or value != int(value):
         raise argparse.ArgumentTypeError(f"{text!r} is no number of parameters; write 25000000, 25M or 1.3B")
     return int(value)
 

@@ -45,7 +45,10 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--launcher", choices=["auto", "mpirun", "srun"], default="auto")
     parser.add_argument("--mpi", default="pmix", help="srun's --mpi (default pmix; pmi2 for MPICH)")
     parser.add_argument(
-        "--launcher-args", default="", metavar="WORDS", help="more words for the launcher, in one argument"
+        "--launcher-args",
+        default="",
+        metavar="WORDS",
+        help="more words for the launcher, in one argument: --launcher-args='--tag-output'",
     )
     parser.add_argument("--dry-run", action="store_true", help="only print the command")
     parser.add_argument("program", nargs=argparse.REMAINDER, metavar="PROGRAM ...", help="python train.py, say")
@@ -53,7 +56,8 @@ def _configure(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     environ = config.environ()
-    if (started := launch.detect(environ)).kind != "none":
+    started = launch.detect(environ)
+    if started.kind != "none" and not launch.is_interactive(started, environ, ()):
         args.error(f"this is a rank already (started by {started.kind}): mpiddp run is what starts the ranks")
     if args.ranks < 1 or (args.cpus is not None and args.cpus < 1):
         args.error(f"-np {args.ranks} and --cpus-per-rank must be at least 1")
@@ -75,8 +79,19 @@ def _run(args: argparse.Namespace) -> int:
         shlex.split(args.launcher_args),
         args.mpi,
     )
-    machine = Machine(binding.cores(processes.usable_cpus()), os.geteuid() == 0, environ, _has_cuda_wheels(environ))
-    words = command_line(launcher, job, machine)
+    usable = processes.usable_cpus()
+    machine = Machine(
+        binding.cores(usable),
+        os.geteuid() == 0,
+        environ,
+        _has_cuda_wheels(environ),
+        launch.chosen_parameters(environ, launch.conf_files(environ)),
+        binding.cpus_per_core(usable),
+    )
+    try:
+        words = command_line(launcher, job, machine)
+    except ValueError as error:
+        return int(args.error(str(error)))
     print(shlex.join(words), file=sys.stdout if args.dry_run else sys.stderr, flush=True)
     if not args.dry_run:
         os.execv(words[0], words)
