@@ -204,6 +204,7 @@ def main() -> None:
         sampler.set_epoch(epoch)
         began = time.perf_counter()
         loss = train_epoch(args, model, optimizer, loader, sampler, checkpoints, progress, device)
+        sampler.finish_epoch()
         samples, seconds = samples + len(sampler) * mpiddp.size(), seconds + time.perf_counter() - began
         progress.line(f"epoch {epoch + 1:3}/{args.epochs}  loss {loss:.4f}")
         if checkpoints is not None:

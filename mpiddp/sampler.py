@@ -20,9 +20,9 @@ class ShardSampler(Sampler[int]):
     nothing has to be saved: a resumed run that calls ``set_epoch(e)`` sees what the first run saw. Where all ranks get
     equally many ids, they are those of ``torch.utils.data.DistributedSampler`` with the same arguments.
 
-    To go on in the middle of an epoch, say after each step with :meth:`record` how many samples it took, and keep
-    :meth:`state_dict` in a checkpoint: the place is counted in samples of all ranks, so that another number of ranks
-    shares out exactly what is left.
+    To go on in the middle of an epoch, say after each step with :meth:`record` how many samples it took, after each
+    pass with :meth:`finish_epoch` that it is over, and keep :meth:`state_dict` in a checkpoint: the place is counted in
+    samples of all ranks, so that another number of ranks shares out exactly what is left.
 
     Args:
         dataset: anything with a length, or the length itself.
@@ -107,10 +107,14 @@ class ShardSampler(Sampler[int]):
         """A step has taken ``count`` samples on every rank. Counted so, loaders may read ahead."""
         self.consumed = min(self.num_samples_total, self.consumed + int(count) * self.num_replicas)
 
+    def finish_epoch(self) -> None:
+        """The pass is over: what was not recorded, since the loader dropped it (its ``drop_last``), is not left."""
+        self.consumed = self.num_samples_total
+
     @property
     def next_epoch(self) -> int:
-        """The epoch to go on with after a checkpoint: the one that was left, or the next if all of it is recorded, or
-        with ``drop_last`` all but what is too little for every rank to have one."""
+        """The epoch to go on with after a checkpoint: the one that was left, or the next if all of it is recorded, it
+        was finished, or with ``drop_last`` all is recorded but what is too little for every rank to have one."""
         left = self.num_samples_total - self.consumed
         is_over = left < self.num_replicas if self.drop_last else left <= 0
         return self.epoch + (is_over and self.consumed > 0)

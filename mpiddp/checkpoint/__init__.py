@@ -14,6 +14,7 @@
                 checkpoints.leave(step)
             if step % 1000 == 0:
                 checkpoints.save(step)
+        sampler.finish_epoch()
 """
 
 from __future__ import annotations

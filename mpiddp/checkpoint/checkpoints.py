@@ -35,7 +35,7 @@ class Checkpoints:
 
     Args:
         path: a directory, on a file system that all ranks see, for this job alone. It is made when first needed.
-        keep: so many checkpoints stay, the latest ones.
+        keep: so many checkpoints stay, the latest ones; those that :meth:`restore` found damaged go first.
         signals: names of the signals that make :meth:`preempted` true, such as ``"USR1"`` or ``["USR1", "TERM"]``;
             ``MPIDDP_PREEMPT_SIGNAL`` unless given. They are awaited from here on.
         requeue: whether :meth:`leave` puts the job back into Slurm's queue; ``MPIDDP_REQUEUE`` unless given.
@@ -104,7 +104,8 @@ class Checkpoints:
             raise ArgumentError(f"the step of a checkpoint is a whole number from 0 on, not {step!r}")
         if not self._is_clean:
             self._directory.clean()
-            later = [stored.path.name for stored in self._directory.stored() if stored.step > step]
+            good = [stored for stored in self._directory.stored() if not self._directory.is_refused(stored)]
+            later = [stored.path.name for stored in good if stored.step > step]
             if later:
                 logger.warning(
                     "%s holds checkpoints of later steps than %d, which restore() will prefer: %s. Remove them, or "
@@ -156,7 +157,8 @@ class Checkpoints:
         of it by MPI; :attr:`values` holds what was given to :meth:`save`. Things that are in the checkpoint and not in
         the script are left out. The files are unpickled, which runs code: only from a directory that you trust.
 
-        Raises CheckpointError on every rank where the latest good one does not fit this script.
+        Raises CheckpointError on every rank where the latest good one does not fit this script, where all are damaged,
+        and where one that may be good cannot be read: the file system fails, or a newer version has written it.
         """
         problem, header = _tried(self._load) if runtime.rank() == 0 else (None, None)
         problem, header = broadcast_object((problem, header), 0, "checkpoint.header")

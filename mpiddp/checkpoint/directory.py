@@ -23,7 +23,7 @@ from typing import IO, Any
 from ..errors import CheckpointError
 from ..log import logger
 
-__all__ = ["Directory", "Draft", "Stored", "checked_file", "fsync_directory", "write_file"]
+__all__ = ["Damaged", "Directory", "Draft", "Stored", "checked_file", "fsync_directory", "write_file"]
 
 _NAME = re.compile(r"step-(\d+)(?:\.(\d+))?$")
 _DRAFT = re.compile(r"\.step-\d+\.draft-[0-9a-f]+$")
@@ -31,8 +31,14 @@ _MANIFEST = "manifest.json"
 _FORMAT = 1
 _READ_NBYTES = 1 << 20
 
+_MISSING = (FileNotFoundError, NotADirectoryError)
+
 #: A file's size in bytes and its CRC-32.
 Sum = tuple[int, int]
+
+
+class Damaged(CheckpointError):
+    """A checkpoint that is not what was written, and never will be again."""
 
 
 @dataclass(frozen=True, order=True)
@@ -44,28 +50,30 @@ class Stored:
     path: Path
 
     def manifest(self) -> dict[str, Any]:
-        """What it says of itself. Raises CheckpointError where that cannot be read."""
+        """What it says of itself. Raises what :meth:`check` does."""
         try:
             found = json.loads((self.path / _MANIFEST).read_text())
+            if (number := int(found["format"])) > _FORMAT:  # what else is in it, nobody knows
+                raise CheckpointError(f"{self.path} has format {number}, and this version reads up to {_FORMAT}")
             files = {str(name): (int(nbytes), int(crc)) for name, (nbytes, crc) in found["files"].items()}
-            number, size = int(found["format"]), int(found["size"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"its {_MANIFEST} cannot be read ({type(error).__name__}: {error})") from error
-        if number > _FORMAT:
-            raise CheckpointError(f"it has format {number}, and this version reads up to {_FORMAT}")
-        return {"files": files, "size": size}
+            return {"files": files, "size": int(found["size"])}
+        except (*_MISSING, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise Damaged(f"its {_MANIFEST} cannot be read ({type(error).__name__}: {error})") from error
 
     def check(self) -> None:
-        """Read every file once; raise CheckpointError where one is missing, short, or has another checksum."""
+        """Read every file once; raise :class:`Damaged` where one is missing, short, or has another checksum.
+
+        What may be whole, and cannot be read now or by this version, is no damage: OSError, CheckpointError.
+        """
         for name, (nbytes, crc) in self.manifest()["files"].items():
             try:
                 found = checked_file(self.path / name)
-            except OSError as error:
-                raise CheckpointError(f"{name} cannot be read ({error})") from error
+            except _MISSING as error:
+                raise Damaged(f"{name} cannot be read ({error})") from error
             if found[0] != nbytes:
-                raise CheckpointError(f"{name} has {found[0]} bytes in place of {nbytes}")
+                raise Damaged(f"{name} has {found[0]} bytes in place of {nbytes}")
             if found[1] != crc:
-                raise CheckpointError(f"{name} has checksum {found[1]:08x} in place of {crc:08x}")
+                raise Damaged(f"{name} has checksum {found[1]:08x} in place of {crc:08x}")
 
 
 @dataclass(frozen=True)
@@ -103,7 +111,7 @@ class Draft:
 
 
 class Directory:
-    """State: ``_refused``, the names of checkpoints that were passed over, so that each is reported once."""
+    """State: ``_refused``, the names of checkpoints that were found damaged: each is reported once, and goes first."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -119,17 +127,31 @@ class Directory:
         return sorted(Stored(int(m[1]), int(m[2] or 0), self.path / m[0]) for m in matches)
 
     def latest(self) -> Stored | None:
-        """The latest that is whole; the damaged ones before it are passed over, with a warning each. Reads it once."""
-        for stored in reversed(self.stored()):
+        """The latest that is whole; the damaged ones before it are passed over, with a warning each. Reads it once.
+
+        None where there are none. Raises CheckpointError where all are damaged, or one may be whole and is unreadable.
+        """
+        everything = self.stored()
+        for stored in reversed(everything):
             try:
                 stored.check()
-            except CheckpointError as error:
-                if stored.path.name not in self._refused:
+            except Damaged as error:
+                if not self.is_refused(stored):
                     self._refused.add(stored.path.name)
                     logger.warning("the checkpoint %s is passed over: %s", stored.path, error)
                 continue
+            except OSError as error:
+                raise CheckpointError(
+                    f"{stored.path} cannot be read, though it may be whole ({error}): try again, or move it away"
+                ) from error
             return stored
+        if everything:
+            raise CheckpointError(f"all {len(everything)} are damaged: to begin anew, remove them")
         return None
+
+    def is_refused(self, stored: Stored) -> bool:
+        """Whether :meth:`latest` has found it damaged."""
+        return stored.path.name in self._refused
 
     def begin(self, step: int) -> Draft:
         """A new, empty draft."""
@@ -144,8 +166,12 @@ class Directory:
         return self.path / f"step-{step:08d}{f'.{max(attempts) + 1}' if attempts else ''}"
 
     def prune(self, keep: int, newest: Path) -> None:
-        """Take away all but the ``keep`` latest; never ``newest``, which has just been written and counts."""
+        """Take away all but the ``keep`` latest; never ``newest``, which has just been written and counts.
+
+        A good one goes only when none is left that was found damaged.
+        """
         others = [stored for stored in self.stored() if stored.path != newest]
+        others.sort(key=lambda stored: (not self.is_refused(stored), stored))
         for stored in others[: max(0, len(others) - (keep - 1))]:
             # Renamed first: what is half removed must not pass for a damaged checkpoint.
             doomed = self.path / f".{stored.path.name.partition('.')[0]}.draft-{uuid.uuid4().hex[:12]}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import logging
 import math
@@ -107,6 +108,61 @@ def test_a_damaged_one_is_passed_over_and_said_once(
             latest = directory.latest()
             assert latest is not None and latest.step == 1
     assert len(caplog.records) == 1 and "step-00000002" in caplog.text and words in caplog.text
+
+
+def test_damaged_ones_go_before_good_ones(tmp_path: Path) -> None:
+    directory = Directory(tmp_path)
+    for step in (1000, 2000, 3000):
+        path = store(directory, step)
+        if step > 1000:
+            cut_short(path)
+    latest = directory.latest()
+    assert latest is not None and latest.step == 1000
+    store(directory, 1100)
+    assert names(directory) == ["step-00001000", "step-00001100", "step-00003000"]
+    store(directory, 1200)
+    assert names(directory) == ["step-00001000", "step-00001100", "step-00001200"]
+
+
+def test_where_all_are_damaged_nothing_begins_anew(tmp_path: Path) -> None:
+    directory = Directory(tmp_path)
+    for step in (1, 2):
+        flip_a_bit(store(directory, step))
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="all 2 are damaged"):
+            directory.latest()
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
+@pytest.mark.parametrize("name", ["manifest.json", "state.pt"])
+def test_what_may_be_whole_is_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, name: str
+) -> None:
+    directory = Directory(tmp_path)
+    for step in (1, 2):
+        store(directory, step)
+    really = Path.open
+
+    def fails(path: Path, *args: Any, **options: Any) -> Any:
+        if path.name == name:
+            raise OSError(number, os.strerror(number))
+        return really(path, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", fails)
+        patch.setattr(Path, "read_text", lambda path: fails(path).read())
+        with pytest.raises(CheckpointError, match=f"step-00000002 cannot be read.*{os.strerror(number)}"):
+            directory.latest()
+    latest = directory.latest()
+    assert latest is not None and latest.step == 2
+
+
+def test_what_a_newer_version_has_written_is_not_passed_over(tmp_path: Path) -> None:
+    directory = Directory(tmp_path)
+    store(directory, 1)
+    (store(directory, 2) / "manifest.json").write_text('{"format": 2, "parts": []}')
+    with pytest.raises(CheckpointError, match="step-00000002 has format 2, and this version reads up to 1"):
+        directory.latest()
 
 
 def test_a_file_that_rank_0_does_not_see_is_an_error(tmp_path: Path) -> None:

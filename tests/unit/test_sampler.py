@@ -216,3 +216,17 @@ def test_what_is_dropped_is_not_left(drop_last: bool) -> None:
     sampler.record(1)
     assert sampler.next_epoch == sampler.epoch + drop_last
     assert len(resumed(4, sampler.state_dict(), drop_last=drop_last)[0]) == (0 if drop_last else 1)
+
+
+def test_a_pass_whose_last_batch_the_loader_dropped_is_not_begun_again() -> None:
+    """Of 10, 2 ranks have 5 each, and their loaders drop the fifth."""
+    (sampler, _) = resumed(2, total=10)
+    for (batch,) in DataLoader(TensorDataset(torch.arange(10)), batch_size=2, sampler=sampler, drop_last=True):
+        sampler.record(len(batch))
+    assert sampler.state_dict() == {"epoch": 2, "consumed": 8} and sampler.next_epoch == 2, "a short batch may be left"
+    sampler.finish_epoch()
+    assert sampler.next_epoch == 3 and sampler.progress == 1
+    (other, *_) = resumed(3, sampler.state_dict(), total=10)
+    assert other.next_epoch == 3 and list(other) == []
+    other.set_epoch(3)
+    assert len(other) == 4
