@@ -17,15 +17,17 @@ import mpiddp
 ROOT = Path(__file__).resolve().parents[2]
 
 # What `import mpiddp` may take on top of `import torch`, in seconds of CPU time: a busy machine must not tell.
-IMPORT_LIMIT_S = 0.2
+#: Of the CPU time that `import torch` takes, so that a slow or busy machine makes no difference. It is about 0.15.
+IMPORT_PART = 0.3
 
 COST_OF_IMPORT = """
 import json, sys, time
+zero = time.process_time()
 import torch
 before, started = set(sys.modules), time.process_time()
 import mpiddp
-seconds = time.process_time() - started
-print(json.dumps({"seconds": seconds, "mpi": "mpi4py.MPI" in sys.modules, "new": sorted(set(sys.modules) - before)}))
+part = (time.process_time() - started) / (started - zero)
+print(json.dumps({"part": part, "mpi": "mpi4py.MPI" in sys.modules, "new": sorted(set(sys.modules) - before)}))
 """
 
 
@@ -37,9 +39,9 @@ def cost_of_import() -> dict[str, object]:
 
 
 def test_import_starts_no_mpi_and_costs_little() -> None:
-    best = min((cost_of_import() for _ in range(2)), key=lambda cost: float(str(cost["seconds"])))
+    best = min((cost_of_import() for _ in range(2)), key=lambda cost: float(str(cost["part"])))
     assert not best["mpi"], "import mpiddp has imported mpi4py.MPI, which starts MPI"
-    assert float(str(best["seconds"])) < IMPORT_LIMIT_S, best
+    assert float(str(best["part"])) < IMPORT_PART, best
 
 
 @pytest.fixture(scope="module")
