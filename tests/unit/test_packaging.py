@@ -16,8 +16,7 @@ import mpiddp
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# What `import mpiddp` may take on top of `import torch`, in seconds of CPU time: a busy machine must not tell.
-#: Of the CPU time that `import torch` takes, so that a slow or busy machine makes no difference. It is about 0.15.
+# What `import mpiddp` may take of the CPU time of `import torch`: a slow or busy machine must not tell. It is about 0.15.
 IMPORT_PART = 0.3
 
 COST_OF_IMPORT = """
