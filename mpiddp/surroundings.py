@@ -48,7 +48,7 @@ def look_around(comm: MPI.Intracomm | Sequence[int] | None, wished: Config) -> S
     launch.check_size(started, everyone.Get_size(), config.environ(), library)
     # Where MPI starts here, all ranks have come so far together; else the others may be late.
     end_job = None if mpi_ran else partial(everyone.Abort, 1)
-    with launch.first_words(wished.init_timeout_s, f"rank {everyone.Get_rank()}", end_job):
+    with launch.first_words(wished.init_timeout_s, f"rank {everyone.Get_rank()}", end_job, library):
         world = World.over(comm)
         log.bind(world.rank, world.host)
         settings = agreement.agree(world.comm, wished, library)

@@ -9,7 +9,7 @@ inherit. Nothing in here imports MPI or torch.
 from __future__ import annotations
 
 from .check import check_size, is_interactive
-from .deadline import first_words
+from .deadline import first_words, name_network
 from .detect import Launch, detect
 from .environment import after_mpi, joins
 from .foreign import foreign_launcher, foreign_launcher_here
@@ -39,4 +39,5 @@ __all__ = [
     "is_open",
     "joins",
     "mpi_is_wheel",
+    "name_network",
 ]

@@ -76,7 +76,11 @@ def batch(folder: Path, *words: str) -> Path:
     script = folder / "job.sbatch"
     # Unbound: the test's machine has fewer cores than its Slurm believes.
     text = printed.getvalue()
-    for bound, unbound in (("d=cores", "d=none"), ("-to core", "-to none"), ("slot:PE=$SLURM_CPUS_PER_TASK", "slot")):
+    for bound, unbound in (
+        ("d=cores", "d=none"),
+        ("-to hwthread", "-to none"),
+        ("slot:PE=$SLURM_CPUS_PER_TASK", "slot"),
+    ):
         text = text.replace(bound, unbound)
     script.write_text(text)
     return script

@@ -122,6 +122,7 @@ def test_srun_on_hosts(ranks: int, hosts: str, words: str) -> None:
     [
         (8, "a:6,b:2", "6 on a, 2 on b, and srun puts as many on every node: correct it, or --launcher mpirun"),
         (9, "a:4,b:4", "1 more than the slots"),
+        (4, "n[1-2]:2", "one by one"),
         (2, "a:x", "a:x is no host and its slots"),
     ],
 )
@@ -137,6 +138,8 @@ def test_hyperthreads_are_counted_by_some_launchers() -> None:
     slurm = {"SLURM_JOB_ID": "1", "SLURM_CPUS_PER_TASK": "8"}
     assert "slot:PE=4 " in started(OPEN_MPI, Job(2, PROGRAM), **slurm)
     assert "--cpus-per-task=8 " in started(SRUN, Job(2, PROGRAM), **slurm)
+    odd = {"SLURM_JOB_ID": "1", "SLURM_CPUS_PER_TASK": "1"}
+    assert "--cpus-per-task=1 " in started(SRUN, Job(2, PROGRAM), **odd), "no more than there are"
     assert "--cpus-per-task=6 " in started(SRUN, Job(2, PROGRAM, cpus=3))
     assert "I_MPI_PIN_DOMAIN 8 " in started(Launcher("/m/mpiexec", "intel mpi", 2021), Job(2, PROGRAM))
 

@@ -262,3 +262,15 @@ def test_settings_that_exclude_each_other_are_no_missing_mpi(monkeypatch: pytest
     alone = rank(0, 1, 1, config_problem="")
     examined, _ = examine.examine(cast(Watch, types.SimpleNamespace()), alone)
     assert [finding.name for finding in findings(examined)] == ["setting"]
+
+
+def test_cures_are_those_of_the_mpi_that_runs() -> None:
+    mpich = job(library="MPICH Version: 5.0.0", pml="")
+    for number in range(4):
+        interfaces = (*mpich.ranks[number].machine.interfaces, DOCKER)
+        mpich = changed(mpich, number, machine={"interfaces": interfaces})
+    stuck = dataclasses.replace(job(library="", launch=Launch("mpich")), stuck_in="starting MPI", waited_s=1)
+    differing = changed(job(library="MPICH 5", pml="", settings={"bucket_mb": 2.0}), 1, settings={"bucket_mb": 1.0})
+    for examined in (mpich, stuck, differing):
+        cure = next(each.cure for each in findings(examined) if each.severity != "note")
+        assert "mpiexec" in cure and "mca" not in cure and "mpirun" not in cure

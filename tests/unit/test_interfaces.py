@@ -54,9 +54,11 @@ def test_a_peer_that_was_looked_for_at_an_own_address(tmp_path: Path) -> None:
 
 
 def test_the_deadline_names_the_interface_and_the_cure() -> None:
-    text = unreached("rank 1", 5, [LOOPBACK, ETHERNET, BRIDGE])
+    text = unreached("rank 1", 5, [LOOPBACK, ETHERNET, BRIDGE], "Open MPI v5.0.8")
     assert "rank 1: no answer" in text and "mine (192.168.9.1) may be the wrong one" in text
     assert "--mca btl_tcp_if_include eth0 " in text
+    text = unreached("rank 1", 5, [LOOPBACK, ETHERNET], "MPICH Version: 5.0.0")
+    assert "-iface eth0 -genv FI_TCP_IFACE eth0 " in text and "mca" not in text.lower()
 
 
 def test_the_deadline_ends_the_job_only_when_it_is_over() -> None:

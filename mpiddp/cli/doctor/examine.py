@@ -116,7 +116,8 @@ def _of_mpi(alone: Facts) -> Facts:
 
     library, launcher, environ = library_name(), processes.daemon(), config.environ()
     pml = capability(False, library, False, False).pml
-    chosen = "UCX_NET_DEVICES" if pml == "ucx" else "OMPI_MCA_btl_tcp_if_include"
+    chosen = ["UCX_NET_DEVICES"] if pml == "ucx" else ["OMPI_MCA_btl_tcp_if_include"]
+    chosen = chosen if "open mpi" in library.lower() else ["FI_TCP_IFACE", "UCX_NET_DEVICES"]
     return dataclasses.replace(
         alone,
         versions={**alone.versions, "MPI": library, "mpi4py": mpi4py.__version__},
@@ -125,7 +126,7 @@ def _of_mpi(alone: Facts) -> Facts:
         launcher_exe=launcher.exe if launcher else "",
         pml=pml,
         has_ucx_ib="libuct_ib" in _maps(),
-        tcp_included=environ.get(chosen, ""),
+        tcp_included=",".join(environ[name] for name in chosen if name in environ),
         tcp_excluded=environ.get("OMPI_MCA_btl_tcp_if_exclude", ""),
     )
 

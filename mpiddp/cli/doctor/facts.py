@@ -80,6 +80,14 @@ class Job:
     stuck_in: str = ""
     waited_s: float = 0.0
 
+    @property
+    def is_open_mpi(self) -> bool:
+        """Whether its MPI is Open MPI, or may be, before MPI has said what it is."""
+        first = self.ranks[0]
+        if first.library:
+            return "open mpi" in first.library.lower()
+        return first.launch.kind not in ("mpich", "intel mpi")
+
     def nodes(self) -> dict[int, list[Facts]]:
         """The ranks of each node, by the node's number."""
         found: dict[int, list[Facts]] = {}

@@ -180,10 +180,12 @@ def _srun(launcher: Launcher, job: Job, machine: Machine) -> list[str]:
     cpus = _cpus(job, machine)
     words = ["-n", str(job.ranks), f"--mpi={job.mpi}", *(_srun_nodes(job) if job.hosts else [])]
     words += ["--export=ALL"] if _passed(job, machine, cpus) else []  # sbatch may have said otherwise
-    # srun does not take --cpus-per-task over from sbatch.
-    return words + (
-        ["--cpu-bind=none"] if cpus is None else [f"--cpus-per-task={cpus * machine.cpus_per_core}", "--cpu-bind=cores"]
-    )
+    if cpus is None:
+        return [*words, "--cpu-bind=none"]
+    # srun does not take --cpus-per-task over from sbatch; more than sbatch has it would wait for ever.
+    allotted = "" if job.cpus else machine.environ.get("SLURM_CPUS_PER_TASK", "")
+    count = allotted if allotted.isdigit() else cpus * machine.cpus_per_core
+    return [*words, f"--cpus-per-task={count}", "--cpu-bind=cores"]
 
 
 def _environment(job: Job, machine: Machine) -> list[str]:
@@ -197,6 +199,8 @@ def _srun_nodes(job: Job) -> list[str]:
     """The nodes, and the ranks on each, filled up in their order as mpirun does it."""
     if "[" in job.hosts and ":" not in job.hosts:
         return [f"--nodelist={job.hosts}"]  # Slurm's own n[1-4]
+    if "[" in job.hosts:
+        raise ValueError(f"-H {job.hosts}: name the hosts one by one, or leave out their slots")
     slots: dict[str, int] = {}
     for item in job.hosts.split(","):
         host, colon, given = item.partition(":")

@@ -39,7 +39,8 @@ def every_rank_has_one(job: Job) -> Iterator[Finding]:
                 yield warning(
                     "gpu-shared",
                     f"{on_ranks(users)[3:]} share GPU-{uuid} on {ranks[0].host} and take turns on it",
-                    "start as many ranks on a node as it has GPUs (`mpirun --map-by ppr:N:node`)",
+                    "start as many ranks on a node as it has GPUs "
+                    + ("(`mpirun --map-by ppr:N:node`)" if job.is_open_mpi else "(`mpiexec -ppn N`)"),
                 )
 
 

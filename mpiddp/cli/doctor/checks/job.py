@@ -25,9 +25,18 @@ def no_answer(job: Job) -> Iterator[Finding]:
             f"; this host has the bridge{'s' * (len(bridges) > 1)} {', '.join(bridges)}, which others may have, too"
             * bool(bridges)
         ),
-        "if the ranks are on several hosts, name the network between them: `mpirun --mca btl_tcp_if_include "
-        "192.168.1.0/24` (yours), or leave out what every host has: `--mca btl_tcp_if_exclude "
-        f"{','.join(['lo', *(bridges or ['docker0'])])}`; and see that no firewall lies between the hosts",
+        f"if the ranks are on several hosts, name the network between them, {_way_between(job, bridges)}; and see that "
+        "no firewall lies between the hosts",
+    )
+
+
+def _way_between(job: Job, bridges: list[str]) -> str:
+    if not job.is_open_mpi:
+        return launch.name_network(job.ranks[0].library or job.ranks[0].launch.kind, "eth0")
+    left_out = ",".join(["lo", *(bridges or ["docker0"])])
+    return (
+        "`mpirun --mca btl_tcp_if_include 192.168.1.0/24` (yours), or leave out what every host has: "
+        f"`--mca btl_tcp_if_exclude {left_out}`"
     )
 
 
@@ -93,7 +102,8 @@ def settings_agree(job: Job) -> Iterator[Finding]:
         yield warning(
             "settings-differ",
             f"settings differ between ranks: {'; '.join(differing.values())}",
-            "rank 0's hold for mpiddp; MPI reads each rank's own, so carry them to all: `mpirun -x NAME`",
+            "rank 0's hold for mpiddp; MPI reads each rank's own, so carry them to all: "
+            + ("`mpirun -x NAME`" if job.is_open_mpi else "`mpiexec -genv NAME VALUE`"),
         )
 
 

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterator
 from ipaddress import ip_address, ip_network
 
-from ....launch import Interface
+from ....launch import Interface, name_network
 from ..facts import Facts, Job
 from ..finding import Finding, note, warning
 
@@ -36,7 +36,9 @@ def addresses_are_unique(job: Job) -> Iterator[Finding]:
         yield warning(
             "same-address",
             f"several hosts have the same address: {said}; MPI may take it for a way between them and hang",
-            f"`mpirun --mca btl_tcp_if_exclude {cure}`; for UCX, UCX_NET_DEVICES=<the one that joins the hosts>",
+            f"`mpirun --mca btl_tcp_if_exclude {cure}`; for UCX, UCX_NET_DEVICES=<the one that joins the hosts>"
+            if job.is_open_mpi
+            else f"name what joins the hosts, {name_network(job.ranks[0].library, 'eth0')}",
         )
 
 

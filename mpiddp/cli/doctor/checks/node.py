@@ -45,7 +45,8 @@ def cores_are_not_shared(job: Job) -> Iterator[Finding]:
             yield warning(
                 "shared-cores",
                 f"local {on_ranks(numbers)[3:]} share fewer cores than they are, others are idle",
-                "start one mpirun a node, or give each its own cores: `mpirun --bind-to core --map-by slot:PE=N`",
+                "start one mpirun a node, or give each its own cores"
+                + ": `mpirun --bind-to core --map-by slot:PE=N`" * job.is_open_mpi,
             )
 
     return each_node(job, look)
