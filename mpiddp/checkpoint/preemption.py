@@ -31,32 +31,45 @@ INTERVAL_S = 0.5
 _ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
+#: The signals that were awaited and have come: one answer for all Notices, since they announce the process's own end.
+_came: set[int] = set()
+#: The process that awaits them.
+_owner = 0
+
+
 class Notice:
     """Notes that one of ``signals`` has come, from now on; what they did before is not done any more.
 
-    In a forked child (a DataLoader worker) they do what they did by default. State: ``has_come``, set by the handler.
+    A signal that any Notice of this process has noted has come for all of them, however many there are. In a forked
+    child (a DataLoader worker) they do what they did by default.
     """
 
     def __init__(self, signals: Iterable[signal.Signals]) -> None:
+        global _owner
         self.signals = tuple(signals)
-        self.has_come = False
-        self._pid = os.getpid()
         if not self.signals:
             return
         if threading.current_thread() is not threading.main_thread():
             names = ", ".join(number.name for number in self.signals)
             logger.warning("Checkpoints was made outside the main thread, where %s cannot be awaited", names)
             return
+        _owner = os.getpid()
         for number in self.signals:
-            signal.signal(number, self._receive)
+            signal.signal(number, _receive)
 
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() == self._pid:
-            self.has_come = True
-        elif number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        # Any other one is meant for the rank: Slurm signals every process of a step, and workers must not die of it.
+    @property
+    def has_come(self) -> bool:
+        """Whether one of them has come."""
+        return not _came.isdisjoint(self.signals)
+
+
+def _receive(number: int, frame: FrameType | None) -> None:
+    if os.getpid() == _owner:
+        _came.add(number)
+    elif number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+    # Any other one is meant for the rank: Slurm signals every process of a step, and workers must not die of it.
 
 
 class Agreement:

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from mpiddp.checkpoint import random_state, requeue
+from mpiddp.checkpoint import preemption, random_state, requeue
 from mpiddp.checkpoint.boxes import boxes
 from mpiddp.checkpoint.directory import Directory, write_file
 from mpiddp.checkpoint.parts import kept
@@ -277,8 +277,9 @@ def test_ranks_that_are_new_draw_numbers_of_their_own() -> None:
 
 
 @pytest.fixture
-def handlers() -> Any:
-    """Puts the handlers back."""
+def handlers(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Puts the handlers back, and forgets what has come."""
+    monkeypatch.setattr(preemption, "_came", set())
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
     before = {number: signal.getsignal(number) for number in numbers}
     yield
@@ -298,6 +299,14 @@ def test_a_signal_is_noted_and_a_worker_does_not_die_of_it(handlers: None) -> No
     assert not notice.has_come
     os.kill(os.getpid(), signal.SIGUSR1)
     assert notice.has_come
+
+
+def test_a_signal_has_come_for_all_that_await_it(handlers: None) -> None:
+    first, second = Notice([signal.SIGUSR1]), Notice([signal.SIGUSR2, signal.SIGUSR1])
+    third = Notice([signal.SIGUSR2])
+    os.kill(os.getpid(), signal.SIGUSR1)
+    assert first.has_come and second.has_come and not third.has_come
+    assert Notice([signal.SIGUSR1]).has_come, "one that is made later, too"
 
 
 def test_signals_wait_while_held(handlers: None) -> None:
