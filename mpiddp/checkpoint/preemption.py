@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -116,15 +117,18 @@ def held(then_ignored: bool = False) -> Iterator[None]:
     """Signals that would end the rank wait until the body is done; they are then acted on as they would have been.
 
     ``then_ignored``: neither they nor later ones are acted on any more, since the rank is about to end by itself.
+    Handlers that were set from C stay, and act at once.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     came: list[int] = []
     previous: dict[signal.Signals, Any] = {}
+    caught = _caught()
     for number in _ENDING:
         handler = signal.getsignal(number)
-        if handler is not None and handler is not signal.SIG_IGN:  # None: not Python's
+        is_of_c = handler is None or (handler == signal.SIG_DFL and caught >> (number - 1) & 1)
+        if not is_of_c and handler != signal.SIG_IGN:
             previous[number] = handler
             signal.signal(number, lambda number, frame: came.append(number))
     is_done = False
@@ -137,3 +141,13 @@ def held(then_ignored: bool = False) -> Iterator[None]:
             signal.signal(number, signal.SIG_IGN if silent else handler)
         for each in dict.fromkeys([] if silent else came):
             os.kill(os.getpid(), each)
+
+
+def _caught() -> int:
+    """A mask of the signals that have a handler, whoever has set it: Python does not know of those set from C later
+    (faulthandler.register(), a profiler), and could not put them back. 0 where /proc does not tell."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text(errors="replace").splitlines():
+            if line.startswith("SigCgt:"):
+                return int(line.split()[1], 16)
+    return 0

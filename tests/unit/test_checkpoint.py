@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import faulthandler
 import itertools
 import logging
 import math
@@ -323,6 +324,20 @@ def test_signals_wait_while_held(handlers: None) -> None:
         os.kill(os.getpid(), signal.SIGUSR1)
     os.kill(os.getpid(), signal.SIGTERM)
     assert came == [signal.SIGTERM], "neither the one that waited nor a later one"
+
+
+def test_a_handler_that_was_set_from_c_stays(handlers: None, tmp_path: Path) -> None:
+    signal.signal(signal.SIGUSR2, signal.SIG_DFL)
+    with (tmp_path / "stacks").open("w") as file:
+        faulthandler.register(signal.SIGUSR2, file)
+        try:
+            for then_ignored in (False, True):
+                with held(then_ignored):
+                    os.kill(os.getpid(), signal.SIGUSR2)
+                os.kill(os.getpid(), signal.SIGUSR2)  # it was deadly, or nothing
+        finally:
+            faulthandler.unregister(signal.SIGUSR2)
+    assert (tmp_path / "stacks").read_text().count("in test_a_handler_that_was_set_from_c_stays") == 4
 
 
 def test_the_job_s_id() -> None:
