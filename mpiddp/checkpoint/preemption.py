@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -31,32 +32,45 @@ INTERVAL_S = 0.5
 _ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
+#: The signals that were awaited and have come: one answer for all Notices, since they announce the process's own end.
+_came: set[int] = set()
+#: The process that awaits them.
+_owner = 0
+
+
 class Notice:
     """Notes that one of ``signals`` has come, from now on; what they did before is not done any more.
 
-    In a forked child (a DataLoader worker) they do what they did by default. State: ``has_come``, set by the handler.
+    A signal that any Notice of this process has noted has come for all of them, however many there are. In a forked
+    child (a DataLoader worker) they do what they did by default.
     """
 
     def __init__(self, signals: Iterable[signal.Signals]) -> None:
+        global _owner
         self.signals = tuple(signals)
-        self.has_come = False
-        self._pid = os.getpid()
         if not self.signals:
             return
         if threading.current_thread() is not threading.main_thread():
             names = ", ".join(number.name for number in self.signals)
             logger.warning("Checkpoints was made outside the main thread, where %s cannot be awaited", names)
             return
+        _owner = os.getpid()
         for number in self.signals:
-            signal.signal(number, self._receive)
+            signal.signal(number, _receive)
 
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() == self._pid:
-            self.has_come = True
-        elif number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        # Any other one is meant for the rank: Slurm signals every process of a step, and workers must not die of it.
+    @property
+    def has_come(self) -> bool:
+        """Whether one of them has come."""
+        return not _came.isdisjoint(self.signals)
+
+
+def _receive(number: int, frame: FrameType | None) -> None:
+    if os.getpid() == _owner:
+        _came.add(number)
+    elif number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+    # Any other one is meant for the rank: Slurm signals every process of a step, and workers must not die of it.
 
 
 class Agreement:
@@ -103,15 +117,18 @@ def held(then_ignored: bool = False) -> Iterator[None]:
     """Signals that would end the rank wait until the body is done; they are then acted on as they would have been.
 
     ``then_ignored``: neither they nor later ones are acted on any more, since the rank is about to end by itself.
+    Handlers that were set from C stay, and act at once.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     came: list[int] = []
     previous: dict[signal.Signals, Any] = {}
+    caught = _caught()
     for number in _ENDING:
         handler = signal.getsignal(number)
-        if handler is not None and handler is not signal.SIG_IGN:  # None: not Python's
+        is_of_c = handler is None or (handler == signal.SIG_DFL and caught >> (number - 1) & 1)
+        if not is_of_c and handler != signal.SIG_IGN:
             previous[number] = handler
             signal.signal(number, lambda number, frame: came.append(number))
     is_done = False
@@ -124,3 +141,13 @@ def held(then_ignored: bool = False) -> Iterator[None]:
             signal.signal(number, signal.SIG_IGN if silent else handler)
         for each in dict.fromkeys([] if silent else came):
             os.kill(os.getpid(), each)
+
+
+def _caught() -> int:
+    """A mask of the signals that have a handler, whoever has set it: Python does not know of those set from C later
+    (faulthandler.register(), a profiler), and could not put them back. 0 where /proc does not tell."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text(errors="replace").splitlines():
+            if line.startswith("SigCgt:"):
+                return int(line.split()[1], 16)
+    return 0

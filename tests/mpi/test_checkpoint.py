@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from mpiddp.checkpoint import checkpoints as module
+from mpiddp.checkpoint import preemption
 from mpiddp.errors import CheckpointError
 
 pytestmark = pytest.mark.ranks(2, 3)
@@ -117,6 +118,7 @@ def test_a_signal_to_one_rank_is_an_answer_on_all(
     world: Any, shared_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = signal.getsignal(signal.SIGUSR2)
+    monkeypatch.setattr(preemption, "_came", set())
     model, _ = build(world, False)
     try:
         kept = {"model": model, "signals": "USR2", "check_every": 2, "requeue": True}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import faulthandler
 import itertools
 import logging
 import math
@@ -19,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 
-from mpiddp.checkpoint import random_state, requeue
+from mpiddp.checkpoint import preemption, random_state, requeue
 from mpiddp.checkpoint.boxes import boxes
 from mpiddp.checkpoint.directory import Directory, write_file
 from mpiddp.checkpoint.parts import kept
@@ -277,8 +278,9 @@ def test_ranks_that_are_new_draw_numbers_of_their_own() -> None:
 
 
 @pytest.fixture
-def handlers() -> Any:
-    """Puts the handlers back."""
+def handlers(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Puts the handlers back, and forgets what has come."""
+    monkeypatch.setattr(preemption, "_came", set())
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
     before = {number: signal.getsignal(number) for number in numbers}
     yield
@@ -300,6 +302,14 @@ def test_a_signal_is_noted_and_a_worker_does_not_die_of_it(handlers: None) -> No
     assert notice.has_come
 
 
+def test_a_signal_has_come_for_all_that_await_it(handlers: None) -> None:
+    first, second = Notice([signal.SIGUSR1]), Notice([signal.SIGUSR2, signal.SIGUSR1])
+    third = Notice([signal.SIGUSR2])
+    os.kill(os.getpid(), signal.SIGUSR1)
+    assert first.has_come and second.has_come and not third.has_come
+    assert Notice([signal.SIGUSR1]).has_come, "one that is made later, too"
+
+
 def test_signals_wait_while_held(handlers: None) -> None:
     came: list[int] = []
     for number in (signal.SIGUSR1, signal.SIGTERM):
@@ -314,6 +324,20 @@ def test_signals_wait_while_held(handlers: None) -> None:
         os.kill(os.getpid(), signal.SIGUSR1)
     os.kill(os.getpid(), signal.SIGTERM)
     assert came == [signal.SIGTERM], "neither the one that waited nor a later one"
+
+
+def test_a_handler_that_was_set_from_c_stays(handlers: None, tmp_path: Path) -> None:
+    signal.signal(signal.SIGUSR2, signal.SIG_DFL)
+    with (tmp_path / "stacks").open("w") as file:
+        faulthandler.register(signal.SIGUSR2, file)
+        try:
+            for then_ignored in (False, True):
+                with held(then_ignored):
+                    os.kill(os.getpid(), signal.SIGUSR2)
+                os.kill(os.getpid(), signal.SIGUSR2)  # it was deadly, or nothing
+        finally:
+            faulthandler.unregister(signal.SIGUSR2)
+    assert (tmp_path / "stacks").read_text().count("in test_a_handler_that_was_set_from_c_stays") == 4
 
 
 def test_the_job_s_id() -> None:
