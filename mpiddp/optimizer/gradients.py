@@ -181,6 +181,12 @@ class Gradients:
         self.averaged.clear()
         self._gathered.clear()
 
+    def end_cycle(self) -> None:
+        """An exchange is over, or has failed: what was apart from the buckets is in them, or lost."""
+        for apart in (self.late, self.unsent, self.kept):
+            apart.clear()
+        self.unplaced = False
+
     def forget_zeros(self, index: int) -> None:
         """Where the gradient is all zeros, what is added to it can be exchanged whatever it held before."""
         if not self.holds_exchanged(index):

@@ -15,6 +15,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -58,7 +59,7 @@ class Reducer:
         self.wire = wire(self.lane, options)
         if any(param.is_cpu for param in params):
             keep_freed(options.heap_nbytes)
-        self._end = BackwardEnd(self._backward_ended)
+        self._end = BackwardEnd(self._backward_ending, self._backward_ended)
         self._agreed = self._order_agreed = False
         # One cycle: from an exchange to the next.
         self._arrived: dict[int, None] = {}  # in the order of arrival
@@ -92,10 +93,9 @@ class Reducer:
         if not self._agreed:
             self._open_cycle()
             found = self.gradients
-            trained, sparse = agree_on_trained(self.engine, self.lane, found.names, found.params, found.sparse)
-            found.sparse = sparse
+            trained, found.sparse = agree_on_trained(self.engine, self.lane, found.names, found.params, found.sparse)
             # Gradients become ready roughly from the last parameter to the first.
-            order = [index for index in reversed(range(len(found.params))) if index in trained - sparse]
+            order = [index for index in reversed(range(len(found.params))) if index in trained - found.sparse]
             nbytes = sum(found.params[index].nbytes for index in order)
             self._options = suited(self.engine, self.lane, self._options, nbytes)
             self._lay_out(order)
@@ -108,9 +108,8 @@ class Reducer:
     def _lay_out(self, order: Sequence[int]) -> None:
         options = self._options
         if self.wire.is_own:  # it gets each gradient by itself
-            self.layout.renew(order, -1, -1, None)
-        else:
-            self.layout.renew(order, options.first_nbytes, options.bucket_nbytes, options.groups)
+            options = replace(options, first_nbytes=-1, bucket_nbytes=-1, groups={})
+        self.layout.renew(order, options.first_nbytes, options.bucket_nbytes, options.groups)
         self._missing = [len(bucket.indices) for bucket in self.layout.buckets]
         self.gradients.watch_streams(self.lane.link.ways.devices)
 
@@ -163,13 +162,22 @@ class Reducer:
             bucket.control.copy_(torch.tensor([bool(self.gradients.late), self.gradients.unplaced], device="cpu"))
         self._under_way.append(self.wire.launch(f"bucket {number}", bucket, 1.0 / self._divisor(passes)))
 
+    def _launch_rest(self, passes: int) -> None:
+        while len(self._under_way) < len(self.layout.buckets):
+            self._launch(len(self._under_way), passes)
+
     def _divisor(self, passes: int) -> int:
         return passes if self._options.average_passes else 1
 
     # -- at the end of backward ----------------------------------------------------------------------------------------
 
-    def _backward_ended(self) -> None:
+    @torch.no_grad()
+    def _backward_ending(self) -> None:
         self._passes_done += 1
+        if self._passes_done >= self.passes:
+            self._launch_rest(self._passes_done)
+
+    def _backward_ended(self) -> None:
         if self._passes_done >= self.passes:
             self.finish()
 
@@ -222,10 +230,7 @@ class Reducer:
         self._missing = [len(bucket.indices) for bucket in self.layout.buckets]
         self._arrived.clear()
         self._under_way.clear()
-        self.gradients.late.clear()
-        self.gradients.unsent.clear()
-        self.gradients.kept.clear()
-        self.gradients.unplaced = False
+        self.gradients.end_cycle()
         self._passes_done = 0
 
     def _drain(self) -> None:
@@ -234,8 +239,7 @@ class Reducer:
             self.gradients.averaged.clear()
             self._exchange_sparse(passes)
             return
-        while len(self._under_way) < len(self.layout.buckets):
-            self._launch(len(self._under_way), passes)
+        self._launch_rest(passes)
         with span("drain"), self.lane.waiting():
             for sending in self._under_way:
                 sending.turn(self.engine)

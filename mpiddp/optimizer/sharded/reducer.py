@@ -119,8 +119,7 @@ class ShardedReducer(Reducer):
         buckets = self.layout.buckets
         if not buckets:
             return
-        while len(self._under_way) < len(buckets):
-            self._launch(len(self._under_way), passes)
+        self._launch_rest(passes)
         with span("drain"), self.lane.waiting():
             for sending in self._under_way:
                 sending.wait(self.engine)
