@@ -105,6 +105,17 @@ def test_what_does_not_fit_is_an_error_everywhere(world: Any, shared_path: Path)
         world.checkpoint.Checkpoints(shared_path, model=nn.Linear(2, 2)).restore()
 
 
+def test_where_all_are_damaged_no_rank_begins_anew(world: Any, shared_path: Path) -> None:
+    model, _ = build(world, False)
+    checkpoints = world.checkpoint.Checkpoints(shared_path, model=model)
+    path = checkpoints.save(1)
+    if world.rank() == 0:
+        os.truncate(path / "state.pt", 10)
+    world.barrier()
+    with pytest.raises(CheckpointError, match=r"could not be restored: rank 0: .* are damaged \(1\): to begin anew"):
+        checkpoints.restore()
+
+
 class Counting(nn.Linear):
     """A layer with a state that is no tensor, or one that is made for its state_dict."""
 
