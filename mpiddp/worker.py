@@ -10,15 +10,19 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import os
+import signal
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterable, Mapping
 
 from . import config, processes
 
-__all__ = ["Topology", "inherited", "publish", "withdraw"]
+__all__ = ["Topology", "inherited", "publish", "publish_signals", "withdraw"]
 
 #: The rank's process id, then the fields of its Topology.
 _VARIABLE = "_MPIDDP_WORLD"
+#: The rank's process id, then the signals that it awaits.
+_SIGNALS = "_MPIDDP_SIGNALS"
 
 #: Of the variables that a launcher gives to a process of its own, those that init() has taken away from its children's.
 _LAUNCHED_ANEW = ("PMIX_RANK", "PMI_RANK", "PMI_FD", "PMI_PORT")
@@ -46,6 +50,29 @@ def publish(topology: Topology) -> None:
 def withdraw() -> None:
     """Children that are started from now on are told nothing."""
     config.remove([_VARIABLE])
+
+
+def publish_signals(signals: Iterable[int]) -> None:
+    """Child processes that are started from now on do not die of ``signals``: Slurm sends them to all of a step."""
+    told = _signals(config.environ(), os.getpid())
+    config.export({_SIGNALS: ",".join(map(str, map(int, (os.getpid(), *sorted({*told, *signals})))))})
+
+
+def _signals(environ: Mapping[str, str], of_pid: int) -> list[int]:
+    try:
+        pid, *signals = (int(number) for number in environ.get(_SIGNALS, "").split(","))
+    except ValueError:
+        return []
+    return signals if pid == of_pid else []
+
+
+def _ignore_signals() -> None:
+    """In a child that is started anew, where they are deadly by default: as early as this is imported."""
+    if threading.current_thread() is not threading.main_thread() or _SIGNALS not in config.environ():
+        return
+    for number in _signals(config.environ(), _creator_pid() or 0):
+        if number not in (signal.SIGTERM, signal.SIGINT) and signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def inherited(environ: Mapping[str, str], creator_pid: int | None = None) -> Topology | None:
@@ -79,3 +106,6 @@ def _creator_pid() -> int | None:
     # parent. The forkserver itself may run the top level, too; it is no child and keeps the name of a main process.
     is_of_forkserver = any("multiprocessing.forkserver" in word for word in sys.orig_argv)
     return processes.parent_pid(os.getppid()) if is_of_forkserver and process.name != "MainProcess" else os.getppid()
+
+
+_ignore_signals()

@@ -16,7 +16,7 @@ from ..log import logger
 from . import random_state
 from .directory import Directory, Draft, write_file
 from .parts import Kept, kept
-from .preemption import Agreement, Notice, held
+from .preemption import Agreement, Notice, held, unheard
 from .requeue import requeue as requeue_job
 
 __all__ = ["Checkpoints"]
@@ -210,7 +210,8 @@ class Checkpoints:
                 self.save(step, **values)
             problem = None
             if self._requeues and runtime.rank() == 0:
-                problem = requeue_job(config.environ())
+                with unheard(self._notice.signals):
+                    problem = requeue_job(config.environ())
                 if problem:
                     logger.error("the job should have been requeued: %s", problem)
             problem = broadcast_object(problem, 0, "checkpoint.requeued")

@@ -146,7 +146,7 @@ class Directory:
                 ) from error
             return stored
         if everything:
-            raise CheckpointError(f"all {len(everything)} are damaged: to begin anew, remove them")
+            raise CheckpointError(f"all that are there are damaged ({len(everything)}): to begin anew, remove them")
         return None
 
     def is_refused(self, stored: Stored) -> bool:

@@ -56,7 +56,7 @@ class Kept:
 
 
 class KeptModel(Kept):
-    """Parameters and buffers."""
+    """Parameters and buffers, and what modules add to them (``get_extra_state()``)."""
 
     def state(self, notes: Sequence[Any]) -> Any:
         """The model's state_dict, of tensors with memory of their own."""
@@ -65,10 +65,15 @@ class KeptModel(Kept):
     def load(self, state: Any, folder: Path) -> Any:
         """As in the base class; but the tensors travel by themselves."""
         self.value.load_state_dict(state)
+        return {key: value for key, value in state.items() if not _is_tensor_of_model(key, value)}
 
     def share(self, state: Any) -> None:
         """Take over rank 0's."""
-        broadcast_parameters(self.value.state_dict(), 0)
+        mine = self.value.state_dict()
+        broadcast_parameters({key: value for key, value in mine.items() if _is_tensor_of_model(key, value)}, 0)
+        if state and runtime.rank() != 0:
+            mine.update(state)
+            self.value.load_state_dict(mine)
 
 
 class KeptOptimizer(Kept):
@@ -173,6 +178,11 @@ def kept(objects: Mapping[str, Any]) -> list[Kept]:
         else:
             found.append(Kept(name, value))
     return found
+
+
+def _is_tensor_of_model(key: str, value: Any) -> bool:
+    """Whether it is the model's own memory; a module's extra state may be anything, made for this state_dict alone."""
+    return isinstance(value, torch.Tensor) and key.rpartition(".")[2] != "_extra_state"
 
 
 def _own_memory(state: Any) -> Any:

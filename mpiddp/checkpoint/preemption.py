@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from .. import runtime
+from .. import runtime, worker
 from ..engine import Handle
 from ..log import logger
 from ..ops import Max, allreduce_async_, synchronize
 
-__all__ = ["Agreement", "Notice", "held"]
+__all__ = ["Agreement", "Notice", "held", "unheard"]
 
 _counter = itertools.count()
 
@@ -41,8 +41,8 @@ _owner = 0
 class Notice:
     """Notes that one of ``signals`` has come, from now on; what they did before is not done any more.
 
-    A signal that any Notice of this process has noted has come for all of them, however many there are. In a forked
-    child (a DataLoader worker) they do what they did by default.
+    A signal that any Notice of this process has noted has come for all of them, however many there are. In its workers
+    (a DataLoader's) TERM and INT end the worker, and others do nothing.
     """
 
     def __init__(self, signals: Iterable[signal.Signals]) -> None:
@@ -55,6 +55,7 @@ class Notice:
             logger.warning("Checkpoints was made outside the main thread, where %s cannot be awaited", names)
             return
         _owner = os.getpid()
+        worker.publish_signals(self.signals)
         for number in self.signals:
             signal.signal(number, _receive)
 
@@ -123,14 +124,9 @@ def held(then_ignored: bool = False) -> Iterator[None]:
         yield
         return
     came: list[int] = []
-    previous: dict[signal.Signals, Any] = {}
-    caught = _caught()
-    for number in _ENDING:
-        handler = signal.getsignal(number)
-        is_of_c = handler is None or (handler == signal.SIG_DFL and caught >> (number - 1) & 1)
-        if not is_of_c and handler != signal.SIG_IGN:
-            previous[number] = handler
-            signal.signal(number, lambda number, frame: came.append(number))
+    previous = _handlers(_ENDING)
+    for number in previous:
+        signal.signal(number, lambda number, frame: came.append(number))
     is_done = False
     try:
         yield
@@ -141,6 +137,39 @@ def held(then_ignored: bool = False) -> Iterator[None]:
             signal.signal(number, signal.SIG_IGN if silent else handler)
         for each in dict.fromkeys([] if silent else came):
             os.kill(os.getpid(), each)
+
+
+@contextlib.contextmanager
+def unheard(signals: Iterable[int]) -> Iterator[None]:
+    """Neither this process nor programs that the body starts hear ``signals`` or those that would end a rank.
+
+    Slurm sends them to all processes of a step, and one that has a handler here is deadly again in a new program. What
+    is ignored stays so, in shells too, which unblock what is blocked. That is left for handlers that were set from C,
+    and for threads, which can set none.
+    """
+    numbers = {*_ENDING, *signals}
+    is_main = threading.current_thread() is threading.main_thread()
+    previous = _handlers(numbers) if is_main else {}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, numbers - set(previous))
+    for number in previous:
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _handlers(numbers: Iterable[int]) -> dict[int, Any]:
+    """What is done at each signal, but for those that are ignored and those that are not Python's."""
+    caught, found = _caught(), {}
+    for number in numbers:
+        handler = signal.getsignal(number)
+        is_of_c = handler is None or (handler == signal.SIG_DFL and caught >> (number - 1) & 1)
+        if not is_of_c and handler != signal.SIG_IGN:
+            found[number] = handler
+    return found
 
 
 def _caught() -> int:

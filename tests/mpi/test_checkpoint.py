@@ -105,6 +105,41 @@ def test_what_does_not_fit_is_an_error_everywhere(world: Any, shared_path: Path)
         world.checkpoint.Checkpoints(shared_path, model=nn.Linear(2, 2)).restore()
 
 
+def test_where_all_are_damaged_no_rank_begins_anew(world: Any, shared_path: Path) -> None:
+    model, _ = build(world, False)
+    checkpoints = world.checkpoint.Checkpoints(shared_path, model=model)
+    path = checkpoints.save(1)
+    if world.rank() == 0:
+        os.truncate(path / "state.pt", 10)
+    world.barrier()
+    with pytest.raises(CheckpointError, match=r"could not be restored: rank 0: .* are damaged \(1\): to begin anew"):
+        checkpoints.restore()
+
+
+class Counting(nn.Linear):
+    """A layer with a state that is no tensor, or one that is made for its state_dict."""
+
+    def __init__(self, count: Any) -> None:
+        super().__init__(2, 2)
+        self.count = count
+
+    def get_extra_state(self) -> Any:
+        return {"count": self.count} if isinstance(self.count, int) else self.count.clone()
+
+    def set_extra_state(self, state: Any) -> None:
+        self.count = state["count"] if isinstance(state, dict) else state.clone()
+
+
+def test_a_model_s_extra_state_comes_to_all_ranks(world: Any, shared_path: Path) -> None:
+    model = nn.Sequential(Counting(7), Counting(torch.arange(3)))
+    world.broadcast_parameters(model.parameters())
+    world.checkpoint.Checkpoints(shared_path, model=model).save(1)
+    other = nn.Sequential(Counting(world.rank()), Counting(torch.zeros(world.rank())))
+    world.checkpoint.Checkpoints(shared_path, model=other).restore()
+    assert other[0].count == 7 and torch.equal(other[1].count, torch.arange(3))
+    assert torch.equal(parameters(other), parameters(model))
+
+
 def test_an_elastic_sampler_s_indices_of_all_ranks(world: Any, shared_path: Path) -> None:
     sampler = world.elastic.ElasticSampler(20, shuffle=False)
     sampler.record_indices([world.rank()])

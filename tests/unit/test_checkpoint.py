@@ -24,7 +24,7 @@ from mpiddp.checkpoint import preemption, random_state, requeue
 from mpiddp.checkpoint.boxes import boxes
 from mpiddp.checkpoint.directory import Directory, write_file
 from mpiddp.checkpoint.parts import kept
-from mpiddp.checkpoint.preemption import Notice, held
+from mpiddp.checkpoint.preemption import Notice, held, unheard
 from mpiddp.errors import ArgumentError, CheckpointError
 
 KILLS = 50
@@ -130,7 +130,7 @@ def test_where_all_are_damaged_nothing_begins_anew(tmp_path: Path) -> None:
     for step in (1, 2):
         flip_a_bit(store(directory, step))
     for _ in range(2):
-        with pytest.raises(CheckpointError, match="all 2 are damaged"):
+        with pytest.raises(CheckpointError, match=r"are damaged \(2\): to begin anew"):
             directory.latest()
 
 
@@ -281,6 +281,7 @@ def test_ranks_that_are_new_draw_numbers_of_their_own() -> None:
 def handlers(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Puts the handlers back, and forgets what has come."""
     monkeypatch.setattr(preemption, "_came", set())
+    monkeypatch.setenv("_MPIDDP_SIGNALS", "")
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
     before = {number: signal.getsignal(number) for number in numbers}
     yield
@@ -338,6 +339,22 @@ def test_a_handler_that_was_set_from_c_stays(handlers: None, tmp_path: Path) -> 
         finally:
             faulthandler.unregister(signal.SIGUSR2)
     assert (tmp_path / "stacks").read_text().count("in test_a_handler_that_was_set_from_c_stays") == 4
+
+
+@pytest.mark.parametrize("command", [["sleep", "0.3"], ["sh", "-c", "sleep 0.3; exit 0"]], ids=["program", "shell"])
+def test_a_program_does_not_hear_what_the_rank_awaits(handlers: None, command: list[str]) -> None:
+    came: list[int] = []
+    signal.signal(signal.SIGUSR1, lambda number, frame: came.append(number))
+    with unheard([signal.SIGALRM]):
+        child = subprocess.Popen(command)
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGALRM):
+            time.sleep(0.05)  # the shell unblocks what is blocked, and not at once
+            child.send_signal(number)
+        assert child.wait() == 0
+        os.kill(os.getpid(), signal.SIGUSR1)
+    assert came == []
+    os.kill(os.getpid(), signal.SIGUSR1)
+    assert came == [signal.SIGUSR1]
 
 
 def test_the_job_s_id() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,8 +20,11 @@ TOPOLOGY = Topology(5, 8, 1, 4, 1, 2, True)
 @pytest.fixture(autouse=True)
 def published() -> Iterator[None]:
     worker.publish(TOPOLOGY)
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        worker.publish_signals([number])
     yield
     worker.withdraw()
+    config.remove(["_MPIDDP_SIGNALS"])
 
 
 def test_a_multiprocessing_child_is_told() -> None:
@@ -56,6 +60,20 @@ def test_a_plain_subprocess_is_told_nothing() -> None:
 
 def _tell(queue: multiprocessing.Queue[Topology | None]) -> None:
     queue.put(worker.inherited(config.environ()))
+
+
+def _hear(queue: multiprocessing.Queue[object]) -> None:
+    queue.put([signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR2)])
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_children_started_anew_do_not_die_of_what_the_rank_awaits(method: str) -> None:
+    context = multiprocessing.get_context(method)
+    queue: multiprocessing.Queue[object] = context.Queue()
+    child = context.Process(target=_hear, args=(queue,))
+    child.start()
+    assert queue.get(timeout=60) == [signal.SIG_IGN, signal.SIG_DFL, signal.SIG_DFL]
+    child.join()
 
 
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
