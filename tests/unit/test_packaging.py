@@ -16,7 +16,7 @@ import mpiddp
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# What `import mpiddp` may take of the CPU time of `import torch`: a slow or busy machine must not tell. It is about 0.15.
+# What `import mpiddp` may take of the CPU time of `import torch`, about 0.15: a slow or busy machine must not tell.
 IMPORT_PART = 0.3
 
 COST_OF_IMPORT = """
