@@ -89,11 +89,12 @@ class Checkpoints:
             if len(steps) > 1:
                 self._fail(draft, step, [f"the ranks save different steps: {steps} (step: rank)"])
             self._fail(draft, step, [said[-1] for said in everyone])
-            problem, mine = _tried(lambda: self._write(everyone, draft, values))
-            everything = allgather_object((problem, mine), "checkpoint.written")
-            self._fail(draft, step, [problem for problem, _ in everything])
-            problem, final = _tried(lambda: self._commit(draft, everything) if draft is not None else None)
-            problem, final = broadcast_object((problem, final), 0, "checkpoint.committed")
+            with runtime.current().engine.patient():  # all are here, and those that are done wait for those that write
+                problem, mine = _tried(lambda: self._write(everyone, draft, values))
+                everything = allgather_object((problem, mine), "checkpoint.written")
+                self._fail(draft, step, [problem for problem, _ in everything])
+                problem, final = _tried(lambda: self._commit(draft, everything) if draft is not None else None)
+                problem, final = broadcast_object((problem, final), 0, "checkpoint.committed")
             self._fail(draft, step, [problem])
         self._saved_step = step
         logger.info("checkpoint of step %d written to %s", step, final)
@@ -160,14 +161,16 @@ class Checkpoints:
         Raises CheckpointError on every rank where the latest good one does not fit this script, where all are damaged,
         and where one that may be good cannot be read: the file system fails, or a newer version has written it.
         """
-        problem, header = _tried(self._load) if runtime.rank() == 0 else (None, None)
-        problem, header = broadcast_object((problem, header), 0, "checkpoint.header")
+        allgather_object(None, "checkpoint.restoring")
+        with runtime.current().engine.patient():  # all are here, and wait for who reads
+            problem, header = _tried(self._load) if runtime.rank() == 0 else (None, None)
+            problem, header = broadcast_object((problem, header), 0, "checkpoint.header")
+            for each in self._kept if header is not None else []:
+                each.share(header["sent"][each.name])
         if problem:
             raise CheckpointError(f"the checkpoint in {self._directory.path} could not be restored: rank 0: {problem}")
         if header is None:
             return 0
-        for each in self._kept:
-            each.share(header["sent"][each.name])
         self.values = header["values"]
         step, random, rank = int(header["step"]), header["random"], runtime.rank()
         if rank < len(random):
@@ -209,12 +212,13 @@ class Checkpoints:
             if self._saved_step != step:
                 self.save(step, **values)
             problem = None
-            if self._requeues and runtime.rank() == 0:
-                with unheard(self._notice.signals):
-                    problem = requeue_job(config.environ())
-                if problem:
-                    logger.error("the job should have been requeued: %s", problem)
-            problem = broadcast_object(problem, 0, "checkpoint.requeued")
+            with runtime.current().engine.patient():  # Slurm may take its time
+                if self._requeues and runtime.rank() == 0:
+                    with unheard(self._notice.signals):
+                        problem = requeue_job(config.environ())
+                    if problem:
+                        logger.error("the job should have been requeued: %s", problem)
+                problem = broadcast_object(problem, 0, "checkpoint.requeued")
             logger.info("leaving after step %d%s", step, ", requeued" if self._requeues and not problem else "")
         raise SystemExit(1 if problem else exit_code)
 

@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 from .. import trace
@@ -60,6 +60,10 @@ class Engine:
         self.presence = presence
         self._stalls = StallCheck(self, presence, warn_s, abort_s)
         self._look_at_s = self._stalls.next_look_s
+
+    def patient(self) -> AbstractContextManager[None]:
+        """As in :meth:`StallCheck.patient`."""
+        return nullcontext() if self._stalls is None else self._stalls.patient()
 
     def span_hosts(self) -> None:
         """Some ranks are on other hosts: wait for them without taking a core from whoever computes."""

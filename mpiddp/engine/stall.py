@@ -14,6 +14,7 @@ import math
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -83,6 +84,15 @@ class StallCheck:
         if channel.coordinator is not None:
             coordinator = channel.coordinator
             coordinator.news["give up"] = lambda member, keys, text: coordinator.give_up(keys, text)
+
+    @contextmanager
+    def patient(self) -> Iterator[None]:
+        """While the body runs this rank does not give up: who is missing is known to be at work. It still reports."""
+        abort_s, self._abort_s = self._abort_s, math.inf
+        try:
+            yield
+        finally:
+            self._abort_s = abort_s
 
     def check(self, now: float) -> None:
         """Look, and report what has waited too long. Called where nothing is pushed, by whoever has time."""

@@ -47,6 +47,29 @@ def test_a_sharded_checkpoint_at_other_numbers_of_ranks(mpirun, tmp_path: Path) 
         assert mpirun([script, tmp_path / "checkpoints"], n).stdout.strip() == said
 
 
+SLOW = """
+    import sys, time, torch, mpiddp
+    from mpiddp.checkpoint import checkpoints as module
+
+    mpiddp.init()
+    checkpoints = mpiddp.checkpoint.Checkpoints(sys.argv[1], model=torch.nn.Linear(3, 3))
+    write, load = module.write_file, checkpoints._load
+    module.write_file = lambda *what: (time.sleep(5), write(*what))[1]
+    checkpoints._load = lambda: (time.sleep(5), load())[1]
+    checkpoints.save(7)
+    if checkpoints.restore() == 7 and mpiddp.rank() == 0:
+        print("went on")
+"""
+
+
+@pytest.mark.slow
+def test_who_waits_for_a_slow_file_system_does_not_give_up(mpirun, tmp_path: Path) -> None:
+    script = tmp_path / "slow.py"
+    script.write_text("\n".join(line[4:] for line in SLOW.splitlines()))
+    done = mpirun([script, tmp_path / "checkpoints"], 2, env={"MPIDDP_STALL_ABORT_S": "2"})
+    assert done.stdout.strip() == "went on"
+
+
 @pytest.mark.slow
 def test_run_starts_ranks_and_keeps_the_exit_code(mpirun) -> None:
     code = "import mpiddp, sys; mpiddp.init(); print('one of', mpiddp.size()); mpiddp.barrier(); sys.exit(7)"

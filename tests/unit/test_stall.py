@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -355,6 +356,25 @@ def test_giving_up_is_the_same_on_all_ranks_and_the_late_one_gets_the_error_too(
     for handle in (*handles, late):
         assert isinstance(handle.error, StallError) and "rank 2 is missing" in str(handle.error)
     assert [handle.result.item() for handle in again] == [3.0] * 3
+
+
+@pytest.mark.parametrize("late", [0, 2])
+def test_who_is_patient_does_not_give_up(said: Any, late: int) -> None:
+    """Ranks wait for one that writes a checkpoint, which takes longer than they wait for others."""
+    world = Ranks(3, warn_s=5.0, abort_s=10.0)
+    handles = [world.allreduce(rank, "x", [1.0]) for rank in range(3) if rank != late]
+    world.settle()
+    with contextlib.ExitStack() as stack:
+        for engine in world.engines:
+            stack.enter_context(engine.patient())
+        world.pass_time(60, *([late] if late == 0 else []))
+        assert not any(handle.done for handle in handles) and said(), "it is reported all the same"
+        handles.append(world.allreduce(late, "x", [1.0]))
+        world.settle()
+    assert [handle.result.item() for handle in handles] == [3.0] * 3
+    again = world.allreduce((late + 1) % 3, "y", [1.0])
+    world.pass_time(14)
+    assert isinstance(again.error, StallError)
 
 
 def test_giving_up_where_the_coordinator_is_missing_and_where_an_exchange_does_not_move(said: Any) -> None:
