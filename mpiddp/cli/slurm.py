@@ -51,7 +51,9 @@ def _configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--job-name", default="", metavar="NAME")
     parser.add_argument("--sbatch", action="append", default=[], metavar="WORD", help="one more option: partition=gpu")
     parser.add_argument("--module", action="append", default=[], metavar="NAME", help="a module to load")
-    parser.add_argument("--launcher", choices=["srun", "mpirun"], default="srun")
+    parser.add_argument(
+        "--launcher", choices=["srun", "mpirun"], default="srun", help="default srun; mpirun is Open MPI's here"
+    )
     parser.add_argument("--mpi", default="pmix", help="srun's --mpi (default pmix; pmi2 for MPICH)")
     parser.add_argument("program", nargs=argparse.REMAINDER, metavar="PROGRAM ...", help="python train.py, say")
 
