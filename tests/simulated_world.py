@@ -63,7 +63,9 @@ class SimulatedPort:
 
 
 class _RecipeFor(Recipe):
-    """Of a request that is there already."""
+    """Of a request that is there already. Nobody moves while one looks."""
+
+    looks = 1
 
     def __init__(self, node: Node, request: Request) -> None:
         super().__init__(node, request.signature, request.flat)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mpiddp.collectives import ReduceOp, mapped, shared_memory
-from mpiddp.engine import Handle, Kind, Request, Signature, follow_at_once, prompt
+from mpiddp.engine import Handle, Kind, Request, Signature, follow_at_once
 from mpiddp.engine.prompt import Recipe
 from mpiddp.transport.session import DONE, KEY
 from tests.simulated_world import World
@@ -20,7 +20,7 @@ WAYS = ("shared", "private", "mixed")
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[World]]:
     """Worlds to be closed; what is longer than 16 elements is shown, in blocks of 32."""
-    monkeypatch.setattr(prompt, "_LOOKS", 2)  # nobody moves meanwhile
+    monkeypatch.setattr(Recipe, "looks", 1)  # nobody moves meanwhile
     monkeypatch.setattr(shared_memory, "DIRECT_NBYTES", 64)
     monkeypatch.setattr(mapped, "BLOCK_NBYTES", 128)
     worlds: list[World] = []
