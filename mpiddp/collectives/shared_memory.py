@@ -85,7 +85,7 @@ def is_to_be_shown(flat: torch.Tensor, size: int) -> bool:
 
 def most_numel(flat: torch.Tensor) -> int:
     """The length of the longest block that is reduced at once."""
-    return block_numel(max(BLOCK_NBYTES, STAGED_NBYTES), flat.element_size())
+    return block_numel(max(BLOCK_NBYTES, STAGED_NBYTES, LONG_STAGED_NBYTES), flat.element_size())
 
 
 def _reads_all(size: int, flat: torch.Tensor) -> bool:

@@ -21,6 +21,16 @@ OPS = [op for op in ReduceOp if op is not ReduceOp.ADASUM]
 WAYS = ("shared", "private", "mixed")
 
 
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("dtype", sorted({*SIXTEEN_BIT, torch.float32, torch.uint8}, key=str))
+def test_long_tensors_in_their_own_memory_are_averaged(size: int, dtype: torch.dtype) -> None:
+    """In blocks as large as there are, with a factor: what is reduced must fit where it is reduced."""
+    numel = (9 << 20) // dtype.itemsize + 3
+    tensors = [torch.full((numel,), 2.0 * (rank + 1)).to(dtype) for rank in range(size)]
+    on_node(members(size), lambda link: shared_memory.allreduce(link.node, tensors[link.rank], ReduceOp.SUM, 0, 0.5))
+    assert all(bool((tensor == size * (size + 1) / 2).all()) for tensor in tensors)
+
+
 @functools.cache
 def members(size: int) -> list[Node]:
     return nodes(size)
