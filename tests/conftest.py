@@ -1,9 +1,9 @@
 """How to write tests here.
 
 **On ranks.** ``@pytest.mark.ranks(2, 3)`` on a test, or ``pytestmark = pytest.mark.ranks(2, 3)`` for a file, runs the
-body on every rank of an ``mpirun`` of that size. They are ordinary items, ``test_x[np2]`` and ``test_x[np3]``; a file
-starts one mpirun a size, and another after a test that failed on some ranks only. A test passes if it passes on all
-ranks and the job ends with code 0.
+body on every rank of an ``mpirun`` of that size. They are ordinary items, ``test_x[np2]`` and ``test_x[np3]``; one
+mpirun a size runs them all, file by file, and another what is left after a test that failed on some ranks only. A test
+passes if it passes on all ranks and the job ends with code 0.
 
 - Import ``mpi4py.MPI`` inside the test, never at the top of the file: pytest's own process collects it without MPI.
 - ``world`` is ``mpiddp`` after ``init()``; ``ranks_size`` the number of ranks; ``shared_path`` a directory of them all.

@@ -164,6 +164,7 @@ def test_an_optimizers_steps_in_a_set_and_compressed(world: Any) -> None:
         world.remove_process_set(pair)
 
 
+@pytest.mark.ranks(2, 4)
 @pytest.mark.parametrize("explicit", [False, True])
 @pytest.mark.parametrize("scheduler", ["before", "after"])
 def test_a_scaler_skips_on_all_ranks(world: Any, explicit: bool, scheduler: str) -> None:

@@ -31,7 +31,7 @@ def standin(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(mpirun: Any, standin: Path, way: str, **env: str) -> None:
     job = [str(HERE / "untouched.py"), way]
-    done = mpirun(job, 2, env={"LD_LIBRARY_PATH": str(standin), "PYTHONPATH": path(), **env}, timeout_s=60)
+    done = mpirun(job, 2, env={"LD_LIBRARY_PATH": str(standin), "PYTHONPATH": path(), **env})
     assert done.stdout.count(f"untouched {way} rank") == 2, done.output
 
 

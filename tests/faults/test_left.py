@@ -2,190 +2,203 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-
-pytestmark = pytest.mark.slow
-
-#: The one who leaves is rank ``gone``; the others run ``wait()`` and must get the error within 5 s of its leaving.
-BEGIN = """
-import os, time
 import torch
-import mpiddp as hvd
 
-hvd.init()
-rank, size = hvd.rank(), hvd.size()
+on_three_ranks = pytest.mark.ranks(3)
 
-def left(wait):
-    begun = time.monotonic()
-    try:
-        wait()
-    except hvd.RankLeftError as error:
-        assert f"rank {gone} left after" in str(error) and "join()" in str(error), error
-        assert time.monotonic() - begun < 5, "too late"
-        print(f"rank {rank} has learnt it\\n", end="")
-    else:
-        raise AssertionError("no error")
-"""
-
-MODEL = """
-model = torch.nn.Linear(4, 4)
-optimizer = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1){more})
-def step():
-    optimizer.zero_grad()
-    model(torch.ones(1, 4)).sum().backward()
-    optimizer.step()
-"""
-
-
-def learnt(done: Any) -> list[int]:
-    return sorted(int(line.split()[1]) for line in done.stdout.splitlines() if line.endswith("has learnt it"))
-
-
-WAITS = {
-    "allreduce": "hvd.allreduce(torch.ones(1), name='x')",
-    "large": "hvd.allreduce(torch.ones(1_000_000), name='x')",
-    "group": "hvd.grouped_allreduce([torch.ones(2), torch.ones(3)], name='x')",
-    "allgather": "hvd.allgather(torch.ones(rank + 1, 2))",
-    "barrier": "hvd.barrier()",
-    "join": "hvd.join()",
-    "add_process_set": "hvd.add_process_set([0])",
+WAITS: dict[str, Callable[[Any], object]] = {
+    "allreduce": lambda hvd: hvd.allreduce(torch.ones(1), name="x"),
+    "large": lambda hvd: hvd.allreduce(torch.ones(1_000_000), name="x"),
+    "group": lambda hvd: hvd.grouped_allreduce([torch.ones(2), torch.ones(3)], name="x"),
+    "allgather": lambda hvd: hvd.allgather(torch.ones(hvd.rank() + 1, 2)),
+    "barrier": lambda hvd: hvd.barrier(),
+    "join": lambda hvd: hvd.join(),
+    "add_process_set": lambda hvd: hvd.add_process_set([0]),
 }
 
 
+def left(gone: int, hvd: Any, wait: Callable[[Any], object] = WAITS["allreduce"], within_s: float = 5) -> None:
+    """``wait`` raises in time that rank ``gone`` has left, also when that was before."""
+    begun = time.monotonic()
+    with pytest.raises(hvd.RankLeftError) as found:
+        wait(hvd)
+    assert f"rank {gone} left after" in str(found.value) and "join()" in str(found.value)
+    assert time.monotonic() - begun < within_s
+
+
+def make_step(hvd: Any, **more: Any) -> Callable[[Any], None]:
+    model = torch.nn.Linear(4, 4)
+    optimizer = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), **more)
+
+    def step(_: Any) -> None:
+        optimizer.zero_grad()
+        model(torch.ones(1, 4)).sum().backward()
+        optimizer.step()
+
+    return step
+
+
+@on_three_ranks
 @pytest.mark.parametrize(("what", "gone"), [(what, index % 2) for index, what in enumerate(WAITS)])
-def test_the_others_wait_already(mpirun: Any, what: str, gone: int) -> None:
-    script = f"gone = {gone}\n{BEGIN}" + (
-        "for _ in range(3):\n    hvd.allreduce(torch.ones(1))\n"
-        f"if rank == gone:\n    time.sleep(1)\nelse:\n    left(lambda: {WAITS[what]})\n"
-    )
-    done = mpirun(script, 3, timeout_s=30)
-    assert learnt(done) == [rank for rank in range(3) if rank != gone] and done.seconds < 20
+def test_the_others_wait_already(begin: Any, what: str, gone: int) -> None:
+    hvd = begin()
+    for _ in range(3):
+        hvd.allreduce(torch.ones(1))
+    if hvd.rank() == gone:
+        time.sleep(0.5)
+    else:
+        left(gone, hvd, WAITS[what])
 
 
-@pytest.mark.parametrize(("how", "gone"), [("shutdown", 0), ("exit", 2)])
-def test_the_others_come_later(mpirun: Any, how: str, gone: int) -> None:
+@on_three_ranks
+@pytest.mark.parametrize("exit_timeout_s", [60, 0.5])
+@pytest.mark.parametrize("gone", [0, 2])
+def test_the_others_come_later(begin: Any, gone: int, exit_timeout_s: float) -> None:
     """Also long after the one who left has stopped to wait for them."""
-    script = f"gone = {gone}\n{BEGIN}" + (
-        "hvd.allreduce(torch.ones(1))\n"
-        f"if rank == gone:\n    {'hvd.shutdown()' if how == 'shutdown' else 'pass'}\n"
-        "else:\n"
-        "    time.sleep(2.5)\n"
-        f"    for _ in range(2):\n        left(lambda: {WAITS['allreduce']})\n"
-        f"    left(lambda: {WAITS['barrier']})\n"
-    )
-    for env in ({}, {"MPIDDP_EXIT_TIMEOUT_S": "1"}):
-        done = mpirun(script, 3, env=env, timeout_s=30)
-        assert learnt(done) == sorted(3 * [rank for rank in range(3) if rank != gone])
+    hvd = begin(EXIT_TIMEOUT_S=exit_timeout_s)
+    hvd.allreduce(torch.ones(1))
+    if hvd.rank() == gone:
+        hvd.shutdown()
+    else:
+        time.sleep(1.5)
+        for _ in range(2):
+            left(gone, hvd)
+        left(gone, hvd, WAITS["barrier"])
 
 
+@on_three_ranks
 @pytest.mark.parametrize(("when", "gone"), [("before", 0), ("after", 1)])
-def test_in_backward(mpirun: Any, gone: int, when: str) -> None:
-    dawdle = "time.sleep(1)" if (when == "after") else "pass"
-    wait = "pass" if when == "after" else "time.sleep(1)"
-    script = f"gone = {gone}\n{BEGIN}{MODEL.format(more='')}" + (
-        "for _ in range(3):\n    step()\n"
-        f"if rank == gone:\n    {dawdle}\nelse:\n    {wait}\n    left(step)\n    left(step)\n"
-    )
-    done = mpirun(script, 3, timeout_s=30)
-    assert learnt(done) == sorted(2 * [rank for rank in range(3) if rank != gone])
+def test_in_backward(begin: Any, gone: int, when: str) -> None:
+    hvd = begin()
+    step = make_step(hvd)
+    for _ in range(3):
+        step(hvd)
+    if (hvd.rank() == gone) == (when == "after"):
+        time.sleep(0.5)
+    if hvd.rank() != gone:
+        left(gone, hvd, step)
+        left(gone, hvd, step)
 
 
-def test_the_steps_are_the_optimizers(mpirun: Any) -> None:
-    script = f"gone = 1\n{BEGIN}{MODEL.format(more='')}" + (
-        "for _ in range(7):\n    step()\n"
-        "if rank == 0:\n"
-        "    try:\n        hvd.allreduce(torch.ones(1), name='loss')\n"
-        "    except hvd.RankLeftError as error:\n"
-        "        assert \"'loss'\" in str(error) and 'rank 1 left after 7 steps' in str(error), error\n"
-        "    else:\n        raise AssertionError\n"
-    )
-    mpirun(script, 2, timeout_s=30)
+@on_three_ranks
+def test_the_steps_are_the_optimizers(begin: Any) -> None:
+    hvd = begin()
+    step = make_step(hvd)
+    for _ in range(7):
+        step(hvd)
+    if hvd.rank() != 1:
+        with pytest.raises(hvd.RankLeftError, match=r"'loss'(.|\n)*rank 1 left after 7 steps"):
+            hvd.allreduce(torch.ones(1), name="loss")
 
 
-@pytest.mark.parametrize("gone", [1])
-def test_in_a_process_set(mpirun: Any, gone: int) -> None:
+@on_three_ranks
+def test_in_a_process_set(begin: Any) -> None:
     """Rank 0, which is no member, computes on and hears of nothing."""
-    script = f"gone = {gone}\n{BEGIN}" + (
-        "pair = hvd.add_process_set([1, 2])\n"
-        "if rank == 0:\n    time.sleep(6)\n"
-        "elif rank != gone:\n"
-        "    time.sleep(0.5)\n"
-        "    left(lambda: hvd.allreduce(torch.ones(1), name='x', process_set=pair))\n"
-        "    left(lambda: hvd.barrier(process_set=pair))\n"
-    )
-    assert learnt(mpirun(script, 3, timeout_s=30)) == 2 * [3 - gone]
+    hvd = begin()
+    pair = hvd.add_process_set([1, 2])
+    if hvd.rank() == 0:
+        time.sleep(2)
+    elif hvd.rank() == 2:
+        time.sleep(0.3)
+        left(1, hvd, lambda hvd: hvd.allreduce(torch.ones(1), name="x", process_set=pair), within_s=1.5)
+        left(1, hvd, lambda hvd: hvd.barrier(process_set=pair), within_s=1.5)
 
 
-@pytest.mark.parametrize("gone", [2])
-def test_an_optimizer_of_a_process_set(mpirun: Any, gone: int) -> None:
-    more = ", process_set=pair"
-    script = f"gone = {gone}\n{BEGIN}pair = hvd.add_process_set([1, 2])\n" + (
-        "if rank == 0:\n    time.sleep(6)\nelse:\n    "
-        + MODEL.format(more=more).strip().replace("\n", "\n    ")
-        + "\n    step()\n    if rank != gone:\n        left(step)\n"
-    )
-    assert learnt(mpirun(script, 3, timeout_s=30)) == [3 - gone]
+@on_three_ranks
+def test_an_optimizer_of_a_process_set(begin: Any) -> None:
+    hvd = begin()
+    pair = hvd.add_process_set([1, 2])
+    if hvd.rank() == 0:
+        time.sleep(2)
+    else:
+        step = make_step(hvd, process_set=pair)
+        step(hvd)
+        if hvd.rank() == 1:
+            left(2, hvd, step, within_s=1.5)
 
 
-def test_what_was_submitted_before_still_runs_and_the_rest_fails_at_once(mpirun: Any) -> None:
+@on_three_ranks
+def test_what_was_submitted_before_still_runs_and_the_rest_fails_at_once(begin: Any) -> None:
     """The one who leaves has something in flight that nobody else will ever submit, and something that they will."""
-    script = f"gone = 1\n{BEGIN}" + (
-        "if rank == gone:\n"
-        "    hvd.allreduce_async(torch.ones(1), name='never')\n"
-        "    hvd.allreduce_async(torch.ones(100_000), name='still')\n"
-        "else:\n"
-        "    time.sleep(1)\n"
-        "    assert hvd.allreduce(torch.ones(100_000), op=hvd.Average, name='still').sum().item() == 100_000\n"
-        "    begun = time.monotonic()\n"
-        f"    left(lambda: {WAITS['allreduce']})\n"
-        "    assert time.monotonic() - begun < 2, time.monotonic() - begun\n"
-    )
-    assert learnt(mpirun(script, 3, timeout_s=30)) == [0, 2]
+    hvd = begin()
+    if hvd.rank() == 1:
+        hvd.allreduce_async(torch.ones(1), name="never")
+        hvd.allreduce_async(torch.ones(100_000), name="still")
+    else:
+        time.sleep(0.5)
+        assert hvd.allreduce(torch.ones(100_000), op=hvd.Average, name="still").sum().item() == 100_000
+        left(1, hvd, within_s=2)
 
 
-def test_only_those_who_need_the_one_who_left_get_an_error(mpirun: Any) -> None:
-    script = f"gone = 2\n{BEGIN}" + (
-        "pair = hvd.add_process_set([0, 1])\n"
-        "if rank != 2:\n"
-        f"    left(lambda: {WAITS['allreduce']})\n"
-        "    for _ in range(10):\n"
-        "        assert hvd.allreduce(torch.ones(1), op=hvd.Sum, process_set=pair).item() == 2\n"
-    )
-    assert learnt(mpirun(script, 3, timeout_s=30)) == [0, 1]
+@on_three_ranks
+def test_only_those_who_need_the_one_who_left_get_an_error(begin: Any) -> None:
+    hvd = begin()
+    pair = hvd.add_process_set([0, 1])
+    if hvd.rank() != 2:
+        left(2, hvd)
+        for _ in range(10):
+            assert hvd.allreduce(torch.ones(1), op=hvd.Sum, process_set=pair).item() == 2
 
 
-def test_those_who_have_joined_learn_it(mpirun: Any) -> None:
+@on_three_ranks
+def test_those_who_have_joined_learn_it(begin: Any) -> None:
     """One has joined, one leaves without joining, one still trains."""
-    script = f"gone = 1\n{BEGIN}" + (
-        "if rank == 0:\n    left(hvd.join)\n"
-        f"elif rank == 2:\n    time.sleep(1)\n    left(lambda: {WAITS['allreduce']})\n"
+    hvd = begin()
+    if hvd.rank() == 0:
+        left(1, hvd, WAITS["join"])
+    elif hvd.rank() == 2:
+        time.sleep(0.5)
+        left(1, hvd)
+
+
+@on_three_ranks
+def test_an_end_together_takes_no_time(begin: Any) -> None:
+    hvd = begin()
+    hvd.add_process_set([0, 1])
+    hvd.barrier()
+    begun = time.monotonic()
+    hvd.shutdown()
+    assert time.monotonic() - begun < 1
+    hvd.init()
+    assert hvd.allreduce(torch.ones(1), op=hvd.Sum).item() == 3
+
+
+ENDS = """
+import time, torch
+import mpiddp as hvd
+
+hvd.init()
+hvd.allreduce(torch.ones(1))
+"""
+
+
+def test_a_process_that_ends(mpirun: Any) -> None:
+    script = ENDS + (
+        "if hvd.rank() != 2:\n"
+        "    time.sleep(2.5)\n"
+        "    for _ in range(2):\n"
+        "        try:\n            hvd.allreduce(torch.ones(1), name='x')\n"
+        "        except hvd.RankLeftError as error:\n"
+        "            assert 'rank 2 left after' in str(error), error\n            print('has learnt it\\n', end='')\n"
     )
-    assert learnt(mpirun(script, 3, timeout_s=30)) == [0, 2]
+    assert mpirun(script, 3, env={"MPIDDP_EXIT_TIMEOUT_S": "1"}).stdout.count("has learnt it") == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [0, 1])
 def test_uneven_ends_are_no_error(mpirun: Any, first: int) -> None:
-    script = BEGIN + f"hvd.allreduce(torch.ones(1))\nif rank != {first}:\n    time.sleep(2)\n"
+    script = f"{ENDS}if hvd.rank() != {first}:\n    time.sleep(2)\n"
     for size in (2, 3):
-        done = mpirun(script, size, env={"MPIDDP_EXIT_TIMEOUT_S": "1"}, timeout_s=30)
+        done = mpirun(script, size, env={"MPIDDP_EXIT_TIMEOUT_S": "1"})
         assert "Error" not in done.stderr and "WARNING" not in done.stderr
 
 
-def test_an_end_together_takes_no_time(mpirun: Any) -> None:
-    script = BEGIN + (
-        "pair = hvd.add_process_set([0, 1])\n"
-        "hvd.barrier()\n"
-        "begun = time.monotonic()\n"
-        "hvd.shutdown()\n"
-        "assert time.monotonic() - begun < 1, time.monotonic() - begun\n"
-        "hvd.init()\n"
-        "assert hvd.allreduce(torch.ones(1), op=hvd.Sum).item() == size\n"
-    )
-    mpirun(script, 3, timeout_s=30)
-
-
+@pytest.mark.slow
 def test_a_rank_that_has_joined_without_the_others_optimizer_is_told(mpirun: Any) -> None:
     script = (
         "import torch\nimport mpiddp as hvd\nhvd.init()\n"
@@ -195,5 +208,5 @@ def test_a_rank_that_has_joined_without_the_others_optimizer_is_told(mpirun: Any
         "layer(torch.ones(1, 2)).sum().backward()\n"
         "optimizer.step()\n"
     )
-    done = mpirun(script, 2, timeout_s=30, expect="failure")
+    done = mpirun(script, 2, expect="failure")
     assert "others train with DistributedOptimizer number 1, while it has made 0" in done.stderr

@@ -1,4 +1,4 @@
-"""In pytest's own process: tests marked ``ranks`` run in jobs, one a file and size, and are reported as any others."""
+"""In pytest's own process: tests marked ``ranks`` run in jobs, one a size, and are reported as any others."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .rankjob import RankJob
 
 __all__ = ["ImportGuard", "ParentPlugin", "size_of"]
 
-# So many new jobs are started after failures in one file at one size; what is left then is reported as not run.
+# After so many new jobs because of failures in one file at one size, what is left of it is reported as not run.
 MOST_RESTARTS = 8
 
 
@@ -57,9 +57,10 @@ class ParentPlugin:
             dropped = [item for item in items if (n := size_of(item)) is not None and n not in wanted]
             config.hook.pytest_deselected(items=dropped)
             items[:] = [item for item in items if item not in set(dropped)]
-        # Within a file all tests of one size stand together, so that one job runs them; files keep their order.
+        # All tests of one size stand together, file by file, so that one job runs them: to start it takes longer than
+        # most files. It runs ahead of this process, so the others, which may start jobs of their own, come before.
         files = {path: n for n, path in enumerate(dict.fromkeys(item.path for item in items))}
-        items.sort(key=lambda item: (files[item.path], size_of(item) or 0))
+        items.sort(key=lambda item: (size_of(item) or 0, files[item.path]))
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
@@ -88,7 +89,7 @@ class ParentPlugin:
             return [note(item, "skipped", (str(item.path), 0, "Skipped: no mpirun beside this Python or on PATH"))]
         if item.get_closest_marker("gpu") and (why := missing_gpu()):
             return [note(item, "skipped", (str(item.path), 0, f"Skipped: {why}"))]
-        if self.restarts.get((item.path, size), 0) > MOST_RESTARTS:
+        if self.is_given_up(item, size):
             return [note(item, "failed", f"not run: {MOST_RESTARTS} jobs of this file failed on {size} ranks already")]
         job = self.job_for(item, size)
         job.wait_for(item.nodeid)
@@ -110,14 +111,21 @@ class ParentPlugin:
         self.restarts[item.path, size] = self.restarts.get((item.path, size), 0) + 1
 
     def job_for(self, item: pytest.Item, size: int) -> RankJob:
-        """The job that runs this item: the running one, or a new one with all of its kind that are not done."""
+        """The job that runs this item: the running one, or a new one with all of its size that are not done."""
         if self.job is not None and item.nodeid in self.job.tests:
             return self.job
         assert self.launcher is not None
         self.close()
-        items = [i for i in item.session.items if i.path == item.path and size_of(i) == size]
-        self.job = RankJob(self.launcher, self.config, [i for i in items if i.nodeid not in self.done], size)
+        items = [
+            i for i in item.session.items
+            if size_of(i) == size and i.nodeid not in self.done and not self.is_given_up(i, size)
+        ]  # fmt: skip
+        self.job = RankJob(self.launcher, self.config, items, size)
         return self.job
+
+    def is_given_up(self, item: pytest.Item, size: int) -> bool:
+        """Whether too many jobs have ended early in tests of the item's file."""
+        return self.restarts.get((item.path, size), 0) > MOST_RESTARTS
 
     def merged(self, item: pytest.Item, job: RankJob) -> list[pytest.TestReport]:
         """The reports of the rank that the verdict chose; a failure says which rank and what the others did."""

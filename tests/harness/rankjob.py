@@ -1,4 +1,4 @@
-"""One mpirun that runs some tests of a file: started, read while it goes on, ended when it is silent for too long."""
+"""One mpirun that runs some tests: started, read while it goes on, ended when it is silent for too long."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class RankLog:
 
 
 class RankJob:
-    """One mpirun that runs some tests of one file on ``size`` ranks; results can be read while it goes on."""
+    """One mpirun that runs some tests on ``size`` ranks; results can be read while it goes on."""
 
     def __init__(self, launcher: Launcher, config: pytest.Config, items: Sequence[pytest.Item], size: int) -> None:
         self.size, self.tests = size, {item.nodeid: limit_of(item) for item in items}
@@ -97,7 +97,7 @@ class RankJob:
         self.timed_out_s: float | None = None
         spec = {
             "size": size, "tests": self.tests, "directory": str(self.directory), "exit_s": EXIT_LIMIT_S,
-            "args": [*rank_arguments(config), str(items[0].path)],
+            "args": [*rank_arguments(config), *dict.fromkeys(str(item.path) for item in items)],
         }  # fmt: skip
         (self.directory / "job.json").write_text(json.dumps(spec))
         program = [sys.executable, "-m", "tests.harness.rank", str(self.directory / "job.json")]

@@ -79,7 +79,7 @@ SETTINGS = """
 def test_settings_of_the_first_host_hold_everywhere_and_shared_addresses_do_no_harm(hosts: Any) -> None:
     two = hosts(2)
     two.add_bridge("docker0", "172.17.0.1/16")
-    done = hosts.run(two, SETTINGS, env={"MPIDDP_SEGMENT_KB": "64", "MPIDDP_STALL_WARN_S": "7"}, timeout_s=40)
+    done = hosts.run(two, SETTINGS, env={"MPIDDP_SEGMENT_KB": "64", "MPIDDP_STALL_WARN_S": "7"})
     assert "segment_kb is 64 on rank 0" in done.stderr
     chosen = [line for line in done.stderr.splitlines() if "between hosts" in line]
     assert len(chosen) == 2 and "MiB for 4 MiB: " in chosen[0] and chosen[0][-40:] == chosen[1][-40:]
@@ -92,7 +92,7 @@ def test_a_wrong_interface_is_named(hosts: Any) -> None:
     two.add_bridge("aaa0", "172.17.0.1/16")
     done = hosts.run(
         two, "import mpiddp; mpiddp.init()", arguments=["--mca", "btl_tcp_if_include", "aaa0"],
-        env={"MPIDDP_INIT_TIMEOUT_S": "3"}, expect="failure", timeout_s=30,
+        env={"MPIDDP_INIT_TIMEOUT_S": "3"}, expect="failure",
     )  # fmt: skip
     assert "aaa0 (172.17.0.1) may be the wrong one" in done.stderr
     assert "--mca btl_tcp_if_include eth0" in done.stderr

@@ -45,7 +45,7 @@ def test_a_rank_that_does_not_answer(mpirun: Any) -> None:
         from mpiddp.cli import main
         sys.exit(main(["doctor", "--timeout", "3"]))
     """
-    done = mpirun(script, 2, expect="failure", timeout_s=40)
+    done = mpirun(script, 2, expect="failure")
     assert "within 3 s there was no answer from all ranks while finding out who shares a node" in " ".join(
         done.stdout.split()
     )

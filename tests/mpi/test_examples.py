@@ -65,7 +65,7 @@ def test_minimal(mpirun, n):
     "n", [pytest.param(1, marks=pytest.mark.slow), 2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))]
 )
 def test_digits_reaches_the_accuracy_at_any_size(mpirun, n):
-    done = mpirun([DIGITS], n, timeout_s=120)
+    done = mpirun([DIGITS], n)
     assert accuracy(done.stdout) >= 0.97, done
     # Plain lines, one an epoch and from one rank alone, since the output is no terminal.
     assert len(re.findall(r"^epoch +\d+/15  loss", done.stdout, re.MULTILINE)) == 15

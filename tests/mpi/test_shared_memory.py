@@ -202,7 +202,7 @@ mapping.NamedFiles.create = full
     ids=["another processor", "memory files", "named files", "nothing"],
 )
 def test_each_way_to_share_trains_alike(mpirun: Any, prepared: str, said: str, told: str) -> None:
-    done = mpirun(prepared + TRAINS, 2, timeout_s=60)
+    done = mpirun(prepared + TRAINS, 2)
     assert said in done.stdout and told in done.output
     assert not list(Path("/dev/shm").glob("mpiddp-*-*-*"))
 

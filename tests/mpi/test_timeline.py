@@ -135,7 +135,7 @@ def test_an_unfinished_timeline_is_written_at_the_end(mpirun: Any, tmp_path: Pat
     )
     for variable, size in (("MPIDDP_TIMELINE", 3), ("HOROVOD_TIMELINE", 1)):
         path = tmp_path / f"{variable}.json"
-        mpirun(script, size, env={variable: str(path), "MPIDDP_EXIT_TIMEOUT_S": "1"}, timeout_s=30)
+        mpirun(script, size, env={variable: str(path), "MPIDDP_EXIT_TIMEOUT_S": "1"})
         found = read(path)
         assert sorted(found) == list(range(size))
         assert all(set(rows) >= {f"t{i}" for i in range(4)} for rows in found.values())
@@ -154,7 +154,7 @@ def test_nobody_waits_for_ranks_that_do_not_come(mpirun: Any, tmp_path: Path) ->
         "hvd.allreduce(torch.ones(3), name='x')\n"
         "if hvd.rank() == 0:\n    ctypes.PyDLL(None).sleep(6)\n    stop_timeline()\n"
     )
-    done = mpirun(script, 2, env={"MPIDDP_EXIT_TIMEOUT_S": "1"}, timeout_s=40)
+    done = mpirun(script, 2, env={"MPIDDP_EXIT_TIMEOUT_S": "1"})
     assert sorted(read(tmp_path / "trace.json")) == [0] and "lacks rank 1" in done.stderr
     assert sorted(read(tmp_path / "trace.json.rank1")) == [1] and "it is in" in done.stderr
 

@@ -78,7 +78,7 @@ def script(folder: Path, source: str) -> Path:
     "method", ["fork", *(pytest.param(method, marks=pytest.mark.slow) for method in ("spawn", "forkserver"))]
 )
 def test_data_loader(mpirun: Any, folder: Path, method: str) -> None:
-    done = mpirun([str(script(folder, LOADS)), method], 2, timeout_s=120)
+    done = mpirun([str(script(folder, LOADS)), method], 2)
     assert done.stdout.count("done") == 2, done
     assert done.stdout.count("refused:") == 2 and "DataLoader worker" in done.stdout, done
 
@@ -98,7 +98,7 @@ def test_mpi_in_a_worker_is_a_world_of_one(mpirun: Any, folder: Path, method: st
             mpiddp.barrier()
             print("done")
     """
-    assert mpirun(script(folder, source), 2, timeout_s=120).stdout.count("done") == 2
+    assert mpirun(script(folder, source), 2).stdout.count("done") == 2
 
 
 @pytest.mark.slow
@@ -127,7 +127,7 @@ def test_a_script_that_calls_init_above_its_main_guard(mpirun: Any, folder: Path
             mpiddp.barrier()
             print("done")
     """
-    assert mpirun(script(folder, source), 2, timeout_s=120).stdout.count("done") == 2
+    assert mpirun(script(folder, source), 2).stdout.count("done") == 2
 
 
 @pytest.mark.slow
@@ -165,7 +165,7 @@ def test_a_worker_that_is_terminated(mpirun: Any, folder: Path) -> None:
                 mpiddp.barrier()
             print("done")
     """
-    done = mpirun(script(folder, source), 2, timeout_s=120)
+    done = mpirun(script(folder, source), 2)
     assert done.stdout.count("done") == 2 and "the job ends" not in done.output, done
 
 
@@ -186,7 +186,7 @@ def test_a_loader_that_is_left_in_the_middle(mpirun: Any, folder: Path) -> None:
                 mpiddp.barrier()
             print("done")
     """
-    assert mpirun(script(folder, source), 2, timeout_s=120).stdout.count("done") == 2
+    assert mpirun(script(folder, source), 2).stdout.count("done") == 2
 
 
 @pytest.mark.slow
@@ -204,4 +204,4 @@ def test_a_plain_subprocess_is_a_world_of_one(mpirun: Any, folder: Path) -> None
             print(subprocess.run(command, check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL).stdout)
         mpiddp.barrier()
     """
-    assert "evaluates 0 1" in mpirun(script(folder, source), 2, timeout_s=120).stdout
+    assert "evaluates 0 1" in mpirun(script(folder, source), 2).stdout

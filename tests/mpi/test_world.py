@@ -135,7 +135,7 @@ def test_settings_of_rank_0_hold_and_a_difference_is_named_once(mpirun: Any) -> 
 
 
 def test_a_misspelt_setting_is_an_error(mpirun: Any) -> None:
-    done = mpirun("import mpiddp; mpiddp.init()", 2, env={"MPIDDP_BUKET_MB": "1"}, expect="failure", timeout_s=30)
+    done = mpirun("import mpiddp; mpiddp.init()", 2, env={"MPIDDP_BUKET_MB": "1"}, expect="failure")
     assert "MPIDDP_BUKET_MB" in done.stderr and "MPIDDP_BUCKET_MB" in done.stderr
 
 

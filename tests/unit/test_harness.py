@@ -177,18 +177,19 @@ def test_passes_after_all_that():
 
 @pytest.fixture
 def run_tests(request: pytest.FixtureRequest, tmp_path: Path):
-    """Run pytest with this harness on a file with the given text: (outcomes by test, what it shows)."""
+    """Run pytest with this harness on files, by default one with this text: (outcomes by test, what it shows)."""
 
-    def run(text: str, *arguments: str) -> tuple[dict[str, str], str]:
+    def run(text: str, *arguments: str, **files: str) -> tuple[dict[str, str], str]:
         (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
-        (tmp_path / "test_it.py").write_text(text)
+        for name, content in {"test_it": text, **files}.items():
+            (tmp_path / f"{name}.py").write_text(content)
         (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = --import-mode=importlib\n")
         report = tmp_path / "report.xml"
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={report}", *arguments]
         if mpi := request.config.getoption("--mpi"):
             command.append(f"--mpi={Path(mpi).absolute()}")
         if not any("test_it.py" in argument for argument in arguments):
-            command.append("test_it.py")
+            command += ["test_it.py", *(f"{name}.py" for name in files)]
         done = subprocess.run(
             command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False, stdin=subprocess.DEVNULL,
             env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"},
@@ -261,6 +262,49 @@ def test_plain():
 def test_selection(run_tests, arguments: list[str], ran: dict[str, str]) -> None:
     outcomes, shown = run_tests(SELECTION, *arguments)
     assert outcomes == ran, shown
+
+
+FIRST_FILE = """
+import os, pytest
+
+@pytest.mark.ranks(2)
+def test_first():
+    os.environ["HAS_BEEN_HERE"] = "first"
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("x", range(10))
+def test_kills(x):
+    os._exit(3)
+"""
+
+SECOND_FILE = """
+import os, pytest
+
+@pytest.mark.ranks(2)
+def test_second():
+    assert "HAS_BEEN_HERE" not in os.environ, "not after all the new jobs"
+    os.environ["HAS_BEEN_HERE"] = "second"
+"""
+
+THIRD_FILE = """
+import os, pytest
+
+@pytest.mark.ranks(2)
+def test_third():
+    assert os.environ["HAS_BEEN_HERE"] == "second"
+
+def test_plain():
+    assert "HAS_BEEN_HERE" not in os.environ
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("mpirun")
+def test_one_job_runs_files_and_what_is_left_after_a_failure_another(run_tests) -> None:
+    outcomes, shown = run_tests(FIRST_FILE, test_second=SECOND_FILE, test_third=THIRD_FILE)
+    passed = {"test_first[np2]", "test_second[np2]", "test_third[np2]", "test_plain"}
+    assert {name for name, outcome in outcomes.items() if outcome == "passed"} == passed, shown
+    assert "not run: 8 jobs of this file failed on 2 ranks already" in shown
 
 
 BAD_EXIT = """
