@@ -6,7 +6,7 @@ writes each block into theirs while it is in the cache. See :mod:`~mpiddp.collec
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,9 +17,9 @@ from ..transport.base import Steps
 from ..transport.session import REDUCED, Session
 from .base import ReduceOp, cut
 from .blocks import Blocks
-from .reduction import ArrayReduction, numpy_can
+from .reduction import ArrayReduction, Reduction, numpy_can
 
-__all__ = ["BLOCK_NBYTES", "MappedReduction", "aligned_cut", "allreduce_in", "block_numel", "mapped_reduction"]
+__all__ = ["BLOCK_NBYTES", "aligned_cut", "allreduce_in", "block_numel", "mapped_reduction"]
 
 #: What is reduced at once: two or three such blocks fit in a core's L2 cache.
 BLOCK_NBYTES = 256 << 10
@@ -54,28 +54,31 @@ def allreduce_in(session: Session, flat: torch.Tensor, blocks: Blocks) -> Steps:
     yield from session.wait(REDUCED, 1)
 
 
-def mapped_reduction(flat: torch.Tensor, op: ReduceOp, scale: float, size: int, rank: int) -> MappedReduction | None:
-    """For tensors like ``flat``; None where numpy cannot do it as torch does, or others should be let in meanwhile."""
-    if flat.nbytes > _PROMPT_NBYTES or not numpy_can(name_of(flat.dtype), scale):
+def mapped_reduction(
+    flat: torch.Tensor, op: ReduceOp, scale: float, size: int, rank: int
+) -> Callable[[Sequence[np.ndarray[Any, Any]]], None] | None:
+    """What this rank does, in one go, to all members' tensors like ``flat``, given as bytes: :func:`allreduce_in`
+    between its two waits. None for those so long that others should be let in meanwhile."""
+    if flat.nbytes > _PROMPT_NBYTES:
         return None
-    return MappedReduction(op, name_of(flat.dtype), scale, size, rank, flat.numel())
+    step = block_numel(BLOCK_NBYTES, flat.element_size())
+    lo, hi = aligned_cut(flat.numel(), size, flat.element_size())[rank]
+    kind = _MappedArrays if numpy_can(name_of(flat.dtype), scale) else _MappedTensors
+    return kind(flat.dtype, op, scale, size, rank, range(lo, hi, step))
 
 
-class MappedReduction:
-    """What this rank does, in one go, to tensors of one length: :func:`allreduce_in` between its two waits."""
+class _MappedArrays:
+    """By numpy. ``starts``: where the blocks of this rank's chunk begin, and where the last one ends."""
 
     __slots__ = ("_blocks", "_dtype", "_peers", "_rank", "_reduce")
 
-    def __init__(self, op: ReduceOp, dtype: str, scale: float, size: int, rank: int, numel: int) -> None:
-        self._dtype = np.dtype(dtype)
-        step = block_numel(BLOCK_NBYTES, self._dtype.itemsize)
-        lo, hi = aligned_cut(numel, size, self._dtype.itemsize)[rank]
-        self._blocks = [slice(at, min(at + step, hi)) for at in range(lo, hi, step)]
-        self._reduce = ArrayReduction(op, dtype, scale, size, min(step, hi - lo))
+    def __init__(self, dtype: torch.dtype, op: ReduceOp, scale: float, size: int, rank: int, starts: range) -> None:
+        self._blocks = [slice(at, min(at + starts.step, starts.stop)) for at in starts]
+        self._reduce = ArrayReduction(op, name_of(dtype), scale, size, min(starts.step, starts.stop - starts.start))
+        self._dtype = self._reduce.dtype
         self._rank, self._peers = rank, [peer for peer in range(size) if peer != rank]
 
     def __call__(self, contents: Sequence[np.ndarray[Any, Any]]) -> None:
-        """``contents``: each member's tensor as bytes."""
         dtype, rank, peers, reduce = self._dtype, self._rank, self._peers, self._reduce.quietly
         wholes = [content.view(dtype) for content in contents]
         with np.errstate(all="ignore"):
@@ -85,6 +88,28 @@ class MappedReduction:
                 reduce(parts, own)
                 for peer in peers:
                     np.copyto(parts[peer], own)
+
+
+class _MappedTensors:
+    """By torch, of what numpy has no type for."""
+
+    __slots__ = ("_dtype", "_peers", "_rank", "_reduce", "_starts")
+
+    def __init__(self, dtype: torch.dtype, op: ReduceOp, scale: float, size: int, rank: int, starts: range) -> None:
+        self._dtype, self._starts = dtype, starts
+        self._reduce = Reduction(op, dtype, scale, size, min(starts.step, starts.stop - starts.start))
+        self._rank, self._peers = rank, [peer for peer in range(size) if peer != rank]
+
+    def __call__(self, contents: Sequence[np.ndarray[Any, Any]]) -> None:
+        rank, peers, reduce, starts = self._rank, self._peers, self._reduce, self._starts
+        if not starts:
+            return
+        chunks = [torch.from_numpy(content).view(self._dtype)[starts.start : starts.stop] for content in contents]
+        for parts in zip(*[torch.unsafe_split(chunk, starts.step) for chunk in chunks], strict=True):
+            own = parts[rank]
+            reduce(parts, own)
+            for peer in peers:
+                parts[peer].copy_(own)
 
 
 def block_numel(nbytes: int, itemsize: int) -> int:

@@ -113,7 +113,9 @@ def test_a_name_within_a_group_that_is_in_flight(world: Any) -> None:
             world.grouped_allreduce_async([torch.ones(2), torch.ones(2)], name="part")
         with pytest.raises(ValueError, match=r"'part"):
             world.grouped_allgather_async([torch.ones(2), torch.ones(2)], name="part")
+        world.barrier()
     else:
+        world.barrier()  # rank 0 has seen it: only now may the first be completed
         handle = world.allreduce_async(torch.ones(2), name="part.1")
     world.synchronize(handle)
     assert world.grouped_allreduce([torch.ones(2), torch.ones(2)], name="part")[1][0] == 1

@@ -51,10 +51,12 @@ def _follow(world: World, rank: int, tensor: torch.Tensor, op: ReduceOp, scale: 
 
 
 def _expected(contributions: list[torch.Tensor], op: ReduceOp, scale: float) -> torch.Tensor:
-    total = contributions[0].clone()
+    dtype = contributions[0].dtype
+    wide = torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    total = contributions[0].to(wide, copy=True)
     for contribution in contributions[1:]:
-        op.combine(total, contribution, total)
-    return total if scale == 1.0 else total.mul_(scale)
+        op.combine(total, contribution.to(wide), total)
+    return (total if scale == 1.0 else total.mul_(scale)).to(dtype)
 
 
 @pytest.mark.parametrize("has_areas", [False, True])
@@ -69,6 +71,9 @@ def test_it_is_the_reduction(opened: list[World], has_areas: bool, way: str, siz
             (torch.float64, ReduceOp.MAX, 1.0),
             (torch.int64, ReduceOp.PRODUCT, 1.0),
             (torch.bfloat16, ReduceOp.SUM, 1.0),
+            (torch.bfloat16, ReduceOp.SUM, 1 / size),
+            (torch.float16, ReduceOp.MIN, 1.0),
+            (torch.uint8, ReduceOp.MAX, 1.0),
         ]
     ):
         opened.append(world := World(size, seed, shares_memory=True, has_areas=has_areas))
