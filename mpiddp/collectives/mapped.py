@@ -21,14 +21,14 @@ from .reduction import ArrayReduction, Reduction, numpy_can
 
 __all__ = ["BLOCK_NBYTES", "aligned_cut", "allreduce_in", "block_numel", "mapped_reduction"]
 
-#: What is reduced at once: two or three such blocks fit in a core's L2 cache.
-BLOCK_NBYTES = 256 << 10
+#: What is reduced at once: one or two such blocks fit in a core's L2 cache, and of shorter ones Python's time counts.
+BLOCK_NBYTES = 512 << 10
 
 #: After so many bytes others are let in, such as the exchanges of other process sets.
 _TURN_NBYTES = 4 << 20
 
 #: What is reduced in one go where nothing else is in flight; beyond it Python's time does not count.
-_PROMPT_NBYTES = 16 << 20
+_PROMPT_NBYTES = 128 << 20
 
 _LINE_NBYTES = 64
 

@@ -76,7 +76,8 @@ class ArrayReduction:
 class Reduction:
     """``scale * (x_0 op x_1 op ... op x_{size-1})`` for blocks of at most ``numel`` elements of ``dtype``.
 
-    16-bit floats are combined and scaled in float32 and rounded once.
+    16-bit floats are combined and scaled in float32 and rounded once; of two bfloat16, whose exponents are those of
+    float32, half the sum is taken after that, which is the same but for subnormal numbers.
     """
 
     __slots__ = ("_is_wide", "_numel", "_scale", "_scratch", "_second", "op")
@@ -85,8 +86,9 @@ class Reduction:
         self, op: ReduceOp, dtype: torch.dtype, scale: float, size: int, numel: int, device: torch.device | None = None
     ) -> None:
         self.op, self._scale, self._numel = op, scale, numel
-        # Two that are not scaled are added by one operation, which torch does in float32 anyway.
-        self._is_wide = dtype in SIXTEEN_BIT and not (size == 2 and scale == 1.0)
+        # Two are added by one operation, which torch does in float32 anyway.
+        is_added = size == 2 and (scale == 1.0 or (dtype == torch.bfloat16 and _is_power_of_two(scale)))
+        self._is_wide = dtype in SIXTEEN_BIT and not is_added
         self._scratch = torch.empty(numel, dtype=torch.float32 if self._is_wide else dtype, device=device)
         self._second = torch.empty_like(self._scratch) if self._is_wide else self._scratch
 
@@ -120,5 +122,9 @@ class Reduction:
 
 def may_scale_first(op: ReduceOp, dtype: torch.dtype, scale: float) -> bool:
     """Whether each contribution may be scaled before the sum: where that rounds nothing, but for subnormal numbers."""
-    is_power_of_two = scale > 0 and math.frexp(scale)[0] == 0.5
-    return op is ReduceOp.SUM and dtype in (torch.float32, torch.float64) and is_power_of_two and scale != 1.0
+    is_float = dtype in (torch.float32, torch.float64)
+    return op is ReduceOp.SUM and is_float and _is_power_of_two(scale) and scale != 1.0
+
+
+def _is_power_of_two(scale: float) -> bool:
+    return scale > 0 and math.frexp(scale)[0] == 0.5
