@@ -36,7 +36,7 @@ def run(mpirun: Any, how: str, script: Path, n: int, directory: Path, *args: str
         changed = directory / script.name
         changed.write_text(text.replace(HOROVOD_IMPORT, f"import {how} as hvd").replace("\nimport horovod\n", "\n"))
         what = [changed, *args]
-    done = mpirun(what, n, env=ENV, cwd=directory, timeout_s=150)
+    done = mpirun(what, n, env=ENV, cwd=directory)
     return str(done.output)
 
 

@@ -75,7 +75,7 @@ class Mpirun:
         return self.launcher.version
 
     def __call__(
-        self, what: What, n: int, *, env: Mapping[str, str | None] | None = None, timeout_s: float = 180,
+        self, what: What, n: int, *, env: Mapping[str, str | None] | None = None, timeout_s: float = 300,
         expect: int | str | None = 0, arguments: Sequence[str] = (), cwd: Path | str | None = None,
     ) -> Completed:  # fmt: skip
         """Run a job to its end. ``expect``: the exit code that it must have, "failure" for any but 0, None for any."""

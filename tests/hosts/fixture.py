@@ -39,7 +39,7 @@ class HostsFactory:
         return on.start(self._launcher, Mpirun.program(what, self._directory), ranks_per_host, **options)
 
     def run(
-        self, on: Hosts, what: Any, ranks_per_host: int = 1, *, timeout_s: float = 180,
+        self, on: Hosts, what: Any, ranks_per_host: int = 1, *, timeout_s: float = 300,
         expect: int | str = 0, **options: Any,
     ) -> Completed:  # fmt: skip
         """:meth:`start`, and wait; ``expect`` is the exit code that it must have, or "failure" for any but 0."""
