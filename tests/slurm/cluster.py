@@ -130,7 +130,7 @@ class Cluster:
 
     def states(self) -> list[str]:
         """Of the nodes, such as ``idle``; empty before the controller answers."""
-        done = self.run(["sinfo", "-h", "-N", "-p", "all", "-o", "%T"], timeout_s=10)
+        done = self.run(["sinfo", "-h", "-N", "-p", "all", "-o", "%T"], timeout_s=60)
         return done.stdout.split() if done.rc == 0 else []
 
     def logs(self) -> list[Path]:
@@ -138,7 +138,7 @@ class Cluster:
         return sorted(path for path in self.directory.rglob("*") if path.name == "stderr" or path.suffix == ".log")
 
     def run(
-        self, command: Sequence[str | Path], timeout_s: float = 60, env: Mapping[str, str] | None = None,
+        self, command: Sequence[str | Path], timeout_s: float = 180, env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
     ) -> Completed:  # fmt: skip
         """Run a command of Slurm's (srun, sbatch, scontrol ...) to its end."""
@@ -182,7 +182,7 @@ class Cluster:
         words = self.run(["scontrol", "-o", "show", "job", job]).stdout.split()
         return dict(word.partition("=")[::2] for word in words)
 
-    def wait(self, job: str, timeout_s: float = 60) -> str:
+    def wait(self, job: str, timeout_s: float = 240) -> str:
         """Wait until a job has ended, and does not wait in the queue; its state, such as COMPLETED or TIMEOUT."""
         deadline = time.monotonic() + timeout_s
         hurried = "0"
