@@ -7,6 +7,7 @@ writes each block into theirs while it is in the cache. See :mod:`~mpiddp.collec
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -91,19 +92,20 @@ class _MappedArrays:
 
 
 class _MappedTensors:
-    """By torch, of what numpy has no type for."""
+    """By torch, of what numpy has no type for. What it reduces in is made for each call: recipes are kept, and many."""
 
-    __slots__ = ("_dtype", "_peers", "_rank", "_reduce", "_starts")
+    __slots__ = ("_dtype", "_make", "_peers", "_rank", "_starts")
 
     def __init__(self, dtype: torch.dtype, op: ReduceOp, scale: float, size: int, rank: int, starts: range) -> None:
         self._dtype, self._starts = dtype, starts
-        self._reduce = Reduction(op, dtype, scale, size, min(starts.step, starts.stop - starts.start))
+        self._make = partial(Reduction, op, dtype, scale, size, min(starts.step, starts.stop - starts.start))
         self._rank, self._peers = rank, [peer for peer in range(size) if peer != rank]
 
     def __call__(self, contents: Sequence[np.ndarray[Any, Any]]) -> None:
-        rank, peers, reduce, starts = self._rank, self._peers, self._reduce, self._starts
+        rank, peers, starts = self._rank, self._peers, self._starts
         if not starts:
             return
+        reduce = self._make()
         chunks = [torch.from_numpy(content).view(self._dtype)[starts.start : starts.stop] for content in contents]
         for parts in zip(*[torch.unsafe_split(chunk, starts.step) for chunk in chunks], strict=True):
             own = parts[rank]

@@ -32,10 +32,10 @@ COLUMNS = (
 )
 
 _WIDTH = 2048
+_LIMITS = Limits(rounds=20, seconds=5.0)
 
 #: What benchmarks/plan.py found.
 _WORST_PERCENT = 12
-_LIMITS = Limits(rounds=20, seconds=5.0)
 
 
 @dataclass(frozen=True)
