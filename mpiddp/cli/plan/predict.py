@@ -34,9 +34,6 @@ COLUMNS = (
 _WIDTH = 2048
 _LIMITS = Limits(rounds=20, seconds=5.0)
 
-#: What benchmarks/plan.py found.
-_WORST_PERCENT = 12
-
 
 @dataclass(frozen=True)
 class Work:
@@ -135,9 +132,4 @@ def described(figures: Figures, nodes: int, work: Work) -> Sequence[str]:
         step = "--step-ms or --model would tell of steps"
     else:
         step = f"a step without any exchange takes {work.step_s * 1e3:.2f} ms, two thirds of it backward"
-    lines += [
-        f"# gradients of {size_text(work.nbytes)}; {step}",
-        f"# exchanges: within {_WORST_PERCENT} % of what was measured at 2 to 8 ranks on test hosts, from 1 MiB on or "
-        "with a delay (docs/performance.md)",
-    ]
-    return lines
+    return [*lines, f"# gradients of {size_text(work.nbytes)}; {step}"]
