@@ -23,6 +23,7 @@ from .process_set import ProcessSet
 from .sets import ProcessSets, open_channel
 from .surroundings import Surroundings, look_around
 from .timeline import Timeline, mark_ranges
+from .transport.doorbell import Doorbell
 from .transport.probe import Answer
 from .worker import Topology
 from .world import World, start_mpi
@@ -118,7 +119,7 @@ def _start(found: Surroundings) -> Runtime:
     engine = Engine(world.thread_level, settings.progress_interval_ms / 1000, failure.act_on_pending)
     engine.observe(Presence.on_node(world.node_comm, world.rank), settings.stall_warn_s, settings.stall_abort_s)
     if max(world.nodes) > 0:
-        engine.span_hosts()
+        engine.span_hosts(Doorbell.of_mpi() if world.local_size == 1 else None)
     memory = NodeMemory.over(world.node_comm)
     channel = open_channel(world.comm, range(world.size), world, settings, memory)
     channel.link.ways.devices.own = found.gpu.index

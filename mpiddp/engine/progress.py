@@ -6,7 +6,6 @@ State: the channels, guarded by ``_lock``, which is only ever tried and never wa
 from __future__ import annotations
 
 import math
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,9 +14,10 @@ from typing import Any, TypeVar
 
 from .. import trace
 from ..errors import MpiddpError
+from ..transport.doorbell import Doorbell
 from ..uncompiled import uncompiled
 from .channel import Channel
-from .ladder import BETWEEN_HOSTS_S, ON_A_NODE_S, SPINS, longest_sleep_s, renewed_yield_s
+from .ladder import ladder_for
 from .liveness import Liveness
 from .neutral import apart_from_modes, is_neutral
 from .presence import COMPUTING, WAITING, Presence
@@ -48,6 +48,7 @@ class Engine:
         self.after_push = after_push
         self._is_served = False
         self._is_between_hosts = False
+        self._bell: Doorbell | None = None
         self._stopped: MpiddpError | None = None
         self.last_push_s = time.monotonic()
         self.presence = Presence.alone()
@@ -65,9 +66,10 @@ class Engine:
         """As in :meth:`StallCheck.patient`."""
         return nullcontext() if self._stalls is None else self._stalls.patient()
 
-    def span_hosts(self) -> None:
-        """Some ranks are on other hosts: wait for them without taking a core from whoever computes."""
-        self._is_between_hosts = True
+    def span_hosts(self, bell: Doorbell | None) -> None:
+        """Some ranks are on other hosts: wait for them without taking a core from whoever computes. With a ``bell`` all
+        others are."""
+        self._is_between_hosts, self._bell = True, bell
 
     def add(self, channel: Channel) -> None:
         """Push ``channel`` from now on."""
@@ -260,29 +262,20 @@ class Engine:
             self.presence.phase(COMPUTING, self.last_push_s)
 
     def _climb(self, done: Callable[[], bool], begun_s: float, deadline_s: float) -> bool:
-        """The ladder of waiting."""
-        is_between_hosts = self._is_between_hosts
-        yield_s = BETWEEN_HOSTS_S if is_between_hosts else ON_A_NODE_S
-        spins, idle_since_s, has_slept = 0, 0.0, False
+        waiting, spins = ladder_for(begun_s, self._is_between_hosts, self._bell), 0
         while not done():
             if self.push():
-                if spins >= SPINS and is_between_hosts:
-                    yield_s = renewed_yield_s(yield_s, self.last_push_s - idle_since_s, has_slept)
-                spins, has_slept = 0, False
+                waiting.moved(self.last_push_s)
+                spins = 0
                 continue
             spins += 1
-            if spins < SPINS:
+            if spins < waiting.spins:
                 continue
             now = time.monotonic()
             if now > deadline_s:
                 return False
-            if spins == SPINS:
-                idle_since_s = now
-            if now - idle_since_s < yield_s:
-                os.sched_yield()
-            else:
-                has_slept = True
-                time.sleep(longest_sleep_s(now - begun_s, is_between_hosts))
+            if waiting.rest(now):
+                spins = 0
         return True
 
     def stop(self, error: MpiddpError) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mpiddp.collectives.base import ReduceOp
-from mpiddp.engine import Handle, Kind, Request, ladder
+from mpiddp.engine import Handle, Kind, Request
 from mpiddp.engine.bucket import fuse
 from mpiddp.engine.coordinator import Coordinator
 from mpiddp.engine.member import Member
@@ -187,17 +187,3 @@ def test_a_push_is_not_touched_by_the_modes_of_who_pushes(mode) -> None:  # type
     for handle in handles:
         assert handle.result.device.type == "cpu" and not handle.result.is_inference()
         assert handle.result.tolist() == [2.0, 4.0]
-
-
-def test_who_waits_for_a_slow_link_sleeps_sooner_and_for_longer() -> None:
-    yield_s = ladder.BETWEEN_HOSTS_S
-    for _ in range(9):
-        assert ladder.renewed_yield_s(yield_s, min(1.2 * yield_s, 0.001), has_slept=True) == yield_s, "not slow"
-        yield_s = ladder.renewed_yield_s(yield_s, 0.004, has_slept=True)
-    assert 0 < yield_s < 1e-4
-    for _ in range(9):
-        yield_s = ladder.renewed_yield_s(yield_s, 0.00001, has_slept=False)
-    assert yield_s == ladder.BETWEEN_HOSTS_S
-    waits = [ladder.longest_sleep_s(waited_s, True) for waited_s in (0.0, 0.005, 0.02, 1.0)]
-    assert waits == [0.0002, 0.0002, 0.02 / 64, 0.001]
-    assert ladder.longest_sleep_s(1.0, False) == 0.0002
