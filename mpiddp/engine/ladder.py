@@ -48,23 +48,29 @@ class Ladder:
 
     def moved(self, now: float) -> None:
         """A push moved something."""
-        self._idle_since_s = 0.0
+        if self._idle_since_s:
+            self._rested(now - self._idle_since_s)
+            self._idle_since_s = 0.0
 
     def rest(self, now: float) -> bool:
         """After pushes that moved nothing. True: as many of them are wanted again before the next rest."""
-        if self._idle_s(now) < _ON_A_NODE_S:
+        self._idle_since_s = self._idle_since_s or now
+        return self._rest(now, now - self._idle_since_s)
+
+    def _rest(self, now: float, idle_s: float) -> bool:
+        if idle_s < _ON_A_NODE_S:
             os.sched_yield()
         else:
             time.sleep(_SLEEP_S)
         return False
 
-    def _idle_s(self, now: float) -> float:
-        self._idle_since_s = self._idle_since_s or now
-        return now - self._idle_since_s
+    def _rested(self, idle_s: float) -> None:
+        """What was waited for came after so long."""
 
 
 class BetweenHosts(Ladder):
-    """One wait for ranks of this node and of others."""
+    """One wait for ranks of this node and of others. The core is given away for a quarter as long the next time where
+    the link is slow, and for twice as long where no sleep was needed."""
 
     __slots__ = ("_begun_s", "_has_slept", "_yield_s")
 
@@ -74,62 +80,53 @@ class BetweenHosts(Ladder):
         self._yield_s = _BETWEEN_HOSTS_S
         self._has_slept = False
 
-    def moved(self, now: float) -> None:
-        """See :class:`Ladder`. The core is given away for a quarter as long the next time where the link is slow, and
-        for twice as long where no sleep was needed."""
-        if not self._idle_since_s:
-            return
-        if not self._has_slept:
-            self._yield_s = min(_BETWEEN_HOSTS_S, 2 * self._yield_s)
-        elif now - self._idle_since_s > _SLOW_S:
-            self._yield_s = max(_LEAST_S, self._yield_s / 4)
-        self._idle_since_s, self._has_slept = 0.0, False
-
-    def rest(self, now: float) -> bool:
-        """See :class:`Ladder`."""
-        if self._idle_s(now) < self._yield_s:
+    def _rest(self, now: float, idle_s: float) -> bool:
+        if idle_s < self._yield_s:
             os.sched_yield()
         else:
-            self._sleep(now)
+            self._has_slept = True
+            _sleep_after(now - self._begun_s)
         return False
 
-    def _sleep(self, now: float) -> None:
-        self._has_slept = True
-        time.sleep(min(_LONGEST_SLEEP_S, max(_SLEEP_S, (now - self._begun_s) * _SLEEP_PART)))
+    def _rested(self, idle_s: float) -> None:
+        if not self._has_slept:
+            self._yield_s = min(_BETWEEN_HOSTS_S, 2 * self._yield_s)
+        elif idle_s > _SLOW_S:
+            self._yield_s = max(_LEAST_S, self._yield_s / 4)
+        self._has_slept = False
 
 
-class AtTheDoor(BetweenHosts):
+class AtTheDoor(Ladder):
     """One wait where all others are on other hosts, and MPI's sockets say when something comes.
 
     4 KiB between 4 hosts took 1.2 ms in place of 1.45 and half of the CPU, 1 MiB between 2 hosts 3.1 s of CPU per GB in
     place of 8.3. Where a long message comes slowly it would ring for every packet: then plain sleeps collect some.
     """
 
-    __slots__ = ("_bell", "_is_slow")
+    __slots__ = ("_begun_s", "_bell", "_has_slept", "_is_slow")
 
     def __init__(self, begun_s: float, bell: Doorbell) -> None:
-        super().__init__(begun_s)
-        self._bell = bell
-        self._is_slow = False
+        super().__init__()
+        self._begun_s, self._bell = begun_s, bell
+        self._is_slow = self._has_slept = False
 
-    def moved(self, now: float) -> None:
-        """See :class:`Ladder`."""
-        if not self._idle_since_s:
-            return
-        if not self._has_slept:
-            self._bell.came()
-        self._is_slow = now - self._idle_since_s > _SLOW_S
-        self.spins = 1 if self._is_slow else _SPINS
-        self._idle_since_s, self._has_slept = 0.0, False
-
-    def rest(self, now: float) -> bool:
-        """See :class:`Ladder`. What MPI takes in while a push asks for something else, only the next push finds."""
-        if self._is_slow or self._idle_s(now) > _BETWEEN_HOSTS_S:
-            self._idle_s(now)
-            self._sleep(now)
+    def _rest(self, now: float, idle_s: float) -> bool:
+        if self._is_slow or idle_s > _BETWEEN_HOSTS_S:
+            self._has_slept = True
+            _sleep_after(now - self._begun_s)
             return False
         self._bell.wait(_LONGEST_SLEEP_S)
-        return True
+        return True  # what MPI takes in while a push asks for something else, only the next push finds
+
+    def _rested(self, idle_s: float) -> None:
+        if not self._has_slept:
+            self._bell.came()
+        self._is_slow, self._has_slept = idle_s > _SLOW_S, False
+        self.spins = 1 if self._is_slow else _SPINS
+
+
+def _sleep_after(waited_s: float) -> None:
+    time.sleep(min(_LONGEST_SLEEP_S, max(_SLEEP_S, waited_s * _SLEEP_PART)))
 
 
 def ladder_for(begun_s: float, is_between_hosts: bool, bell: Doorbell | None) -> Ladder:

@@ -98,6 +98,26 @@ def test_a_wrong_interface_is_named(hosts: Any) -> None:
     assert "--mca btl_tcp_if_include eth0" in done.stderr
 
 
+BELL = """
+    import torch
+    import mpiddp
+    from mpiddp import runtime
+    mpiddp.init()
+    for _ in range(100):
+        mpiddp.allreduce_(torch.ones(1000))
+    bell = runtime.current().engine._bell
+    if mpiddp.local_size() == 1:
+        assert bell.is_trusted and int(repr(bell).split()[-1][:-1]) > 16, f"Open MPI's sockets did not ring: {bell}"
+    else:
+        assert bell is None
+"""
+
+
+@pytest.mark.parametrize("per_host", [1, 2])
+def test_who_is_alone_on_its_host_is_woken_by_the_sockets_of_mpi(hosts: Any, per_host: int) -> None:
+    hosts.run(hosts(2), BELL, per_host)
+
+
 RING = """
     import os, time, torch
     import mpiddp
